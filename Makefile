@@ -1,0 +1,45 @@
+# Each target does its own set-up in .venv; all that a machine needs is Python 3.11 to 3.13 and the package registries.
+PYTHON ?= python3
+BIN := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test test-slow lint lock clean
+
+demo: .venv/installed
+	@echo "== Training on generated shapes with configs/shapes.json (about 6 minutes on two CPU cores)"
+	$(BIN)/python train.py --config configs/shapes.json
+	@echo "== Detecting in some test images with the exported model"
+	$(BIN)/python -m retinanet_keras detect --model runs/shapes/export \
+		data/shapes/images/test_000000.jpg data/shapes/images/test_000001.jpg data/shapes/images/test_000002.jpg \
+		--to runs/shapes/detected
+
+test: .venv/installed
+	@echo "== Tests (the longer ones: make test-slow)"
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	@echo "== The longer tests"
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	@echo "== Lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: .venv/installed
+	@echo "== Pinning the newest versions that requirements.txt allows"
+	$(BIN)/python -m pip install --quiet "uv>=0.5"
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url \
+		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+		f"Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "== Installing into .venv (TensorFlow is large: some minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@

@@ -1,0 +1,71 @@
+"""§4, Anchors: boxes at every position of P3 to P7. The order of anchors is fixed here and nowhere else.
+
+Flattened as level (P3 first), row, column, then scale 2^(k/n) (outer), then ratio h / w (inner).
+"""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from retinanet_keras.config import AnchorConfig
+
+LEVELS = (3, 4, 5, 6, 7)  # §4: P3 to P7
+STRIDES = tuple(2**level for level in LEVELS)
+
+
+def cell_anchors(stride, config=AnchorConfig()):  # noqa: B008 (frozen)
+    """The anchors of one cell around its centre.
+
+    Args:
+        stride: of the level, in pixels.
+
+    Returns:
+        float32 NumPy [A, 4], offsets x1, y1, x2, y2 from the centre in pixels, A = scales x ratios.
+    """
+    offsets = []
+    for k in range(config.scales):
+        side = config.size * stride * 2 ** (k / config.scales)
+        for ratio in config.ratios:
+            width, height = side / math.sqrt(ratio), side * math.sqrt(ratio)
+            offsets.append([-width / 2, -height / 2, width / 2, height / 2])
+    return np.array(offsets, "float32")
+
+
+def grid(height, width, stride):
+    """(rows, columns) of a level for an image of height x width pixels: partial cells count."""
+    return -(-height // stride), -(-width // stride)
+
+
+def level_sizes(height, width, config=AnchorConfig()):  # noqa: B008
+    """Number of anchors on each level, P3 first, for an image of height x width pixels (ints or integer tensors)."""
+    counts = []
+    for stride in STRIDES:
+        rows, columns = grid(height, width, stride)
+        counts.append(rows * columns * config.per_cell)
+    return counts
+
+
+def anchor_boxes(height, width, config=AnchorConfig()):  # noqa: B008
+    """All anchors of an image.
+
+    Args:
+        height, width: of the image in pixels, ints or integer scalars of the graph.
+        config: sizes, scales and ratios.
+
+    Returns:
+        float32 [A, 4], absolute pixels x1, y1, x2, y2, in the order above; not rounded, not clipped.
+    """
+    levels = []
+    for stride in STRIDES:
+        rows, columns = grid(height, width, stride)
+        x = (ops.cast(ops.arange(columns), "float32") + 0.5) * stride  # [columns]
+        y = (ops.cast(ops.arange(rows), "float32") + 0.5) * stride  # [rows]
+        offsets = cell_anchors(stride, config)  # [a, 4]
+        shape = (rows, columns, config.per_cell)
+        corners = [
+            ops.broadcast_to(centre + offsets[None, None, :, side], shape)
+            for side, centre in enumerate([x[None, :, None], y[:, None, None]] * 2)
+        ]
+        levels.append(ops.reshape(ops.stack(corners, axis=-1), (-1, 4)))
+    return ops.concatenate(levels, axis=0)

@@ -1,0 +1,421 @@
+"""The configuration: frozen dataclasses whose defaults are the paper's values, JSON in and out, overrides, validation.
+
+A JSON file holds only what differs from the defaults:
+
+    {"version": 1, "data": {"source": "coco", "dir": "data/my_set"}, "train": {"iterations": 2000}}
+
+Every default names its source in the field's metadata, printed by `python -m retinanet_keras config`: a section of
+the paper, Detectron (the authors' own code, for what the paper leaves open), or this project's own choice.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+VERSION = 1
+
+OURS = "this project's choice"
+DETECTRON = "Detectron: not in the paper"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, what was expected and what came."""
+
+
+def setting(default, source, doc, **limits):
+    """A dataclass field with its source, one line of documentation, and limits.
+
+    Limits: `choices` (a tuple), `at_least`, `above`, `at_most`, `below`; each holds for every element of a tuple.
+    """
+    return field(default=default, metadata={"source": source, "doc": doc, **limits})
+
+
+@dataclass(frozen=True)
+class AnchorConfig:
+    """§4, Anchors. An anchor of level l, scale k and ratio r has area (size * 2^l * 2^(k / scales))^2 and h / w = r."""
+
+    size: float = setting(4.0, "§4: areas 32^2 to 512^2 on P3 to P7", "side of the first scale, in strides", above=0)
+    scales: int = setting(3, "§4: sizes 2^0, 2^(1/3), 2^(2/3)", "scales 2^(k/scales) per octave", at_least=1)
+    ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), "§4: ratios 1:2, 1:1, 2:1", "height over width", above=0)
+
+    @property
+    def per_cell(self):
+        """A of the paper: anchors per position."""
+        return self.scales * len(self.ratios)
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """The generated dataset of source `shapes`; written to `data.dir` once."""
+
+    train_images: int = setting(1000, OURS, "images of the split `train`", at_least=1)
+    val_images: int = setting(100, OURS, "images of the split `val`", at_least=1)
+    test_images: int = setting(100, OURS, "images of the split `test`", at_least=1)
+    side: int = setting(320, OURS, "longer side of the generated images, in pixels", at_least=64, at_most=4096)
+    seed: int = setting(0, OURS, "another seed gives another dataset", at_least=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and boxes come from, and how they become network input."""
+
+    source: str = setting("coco", OURS, "kind of dataset", choices=("coco", "shapes", "tfds"))
+    dir: str = setting("data/coco", OURS, "folder of the dataset, relative to the current folder")
+    name: str = setting("coco/2017", OURS, "TFDS builder; source `tfds` only")
+    annotations: str = setting(
+        "annotations/instances_{split}.json", "COCO's layout", "annotation file in `dir`, {split} filled in"
+    )
+    images: str = setting("images", OURS, "image folder in `dir`; may contain {split}")
+    train_split: str = setting("train", OURS, "split trained on")
+    val_split: str = setting("val", OURS, "split evaluated during training")
+    test_split: str = setting("", OURS, "split evaluated at the end; empty: `val_split`")
+    keep_empty: bool = setting(False, DETECTRON, "train on images without boxes, too")
+    short_side: int = setting(800, "§5: s = 800", "length the shorter side is resized to, in pixels", at_least=32)
+    max_side: int = setting(1333, DETECTRON, "cap on the longer side after resizing, in pixels", at_least=32)
+    flip: float = setting(0.5, "§4.1: horizontal image flipping", "its probability", at_least=0, at_most=1)
+    vertical_flip: float = setting(0.0, "off in the paper", "probability of a vertical flip", at_least=0, at_most=1)
+    scale_jitter: tuple[float, float] = setting(
+        (1.0, 1.0), "off but in Table 2", "range of the random zoom around the training size", above=0
+    )
+    aspect_jitter: float = setting(
+        1.0, "off in the paper", "largest random stretch of an image's aspect ratio, as a factor", at_least=1
+    )
+    color_jitter: float = setting(
+        0.0,
+        "off in the paper",
+        "largest shift of brightness and of each channel, in parts of 255",
+        at_least=0,
+        at_most=1,
+    )
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """§4. Backbone, feature pyramid, subnets."""
+
+    backbone: str = setting(
+        "resnet50", "§4.1", "depth of the ResNet", choices=("resnet18", "resnet50", "resnet101", "resnet152")
+    )
+    weights: str | None = setting(
+        "imagenet",
+        "§4.1: pre-trained on ImageNet1k",
+        "backbone weights: imagenet, a .weights.h5 file, or null for random",
+    )
+    width: int = setting(64, "ResNet paper", "channels of the backbone's stem; others follow", at_least=8)
+    norm: str = setting(
+        "frozen", DETECTRON, "normalisation in the backbone: batch statistics frozen or trained, or groups",
+        choices=("frozen", "batch", "group"),
+    )  # fmt: skip
+    freeze_at: int = setting(
+        2, DETECTRON, "backbone stages not trained: 1 the stem, 2 res2 too, ... 5; 0 trains all", at_least=0, at_most=5
+    )
+    fpn_channels: int = setting(256, "§4: C = 256", "channels of the pyramid and the subnets", at_least=8)
+    head_depth: int = setting(4, "§4: four 3x3 conv layers", "convs in each subnet before the last", at_least=0)
+    prior: float = setting(0.01, "§4.1: pi = .01", "initial foreground probability", above=0, below=1)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """§4, Anchors. Which anchors are positive, background, or ignored."""
+
+    positive_iou: float = setting(
+        0.5, "§4: threshold of 0.5", "IoU from which an anchor is positive", above=0, at_most=1
+    )
+    negative_iou: float = setting(0.4, "§4: IoU in [0, 0.4)", "IoU below which it is background", at_least=0, at_most=1)
+    low_quality: str = setting(
+        "detectron", DETECTRON, "what a box's best anchors become when under the threshold",
+        choices=("none", "detectron", "all"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """§3, §4.1. What an anchor costs."""
+
+    alpha: float | None = setting(
+        0.25, "§5.1, Table 1b: .25 for gamma 2", "weight of the rare class", at_least=0, at_most=1
+    )
+    gamma: float = setting(2.0, "§5.1, Table 1b", "focusing parameter", at_least=0)
+    box_beta: float = setting(0.11, DETECTRON, "where smooth L1 turns linear", above=0)
+    box_weight: float = setting(1.0, DETECTRON, "weight of the box loss in the sum", at_least=0)
+    normalizer: str = setting(
+        "image", "§4.1: by the number of anchors assigned to a ground-truth box", "count per image, or per minibatch",
+        choices=("image", "minibatch"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """§4.1, Optimization."""
+
+    iterations: int = setting(90_000, "§4.1", "steps in all", at_least=1)
+    batch_size: int = setting(16, "§4.1: 16 images per minibatch", "images per step, over all devices", at_least=1)
+    optimizer: str = setting("sgd", "§4.1", "SGD with momentum, or AdamW", choices=("sgd", "adamw"))
+    learning_rate: float = setting(0.01, "§4.1", "rate after warm-up", above=0)
+    schedule: str = setting(
+        "step", "§4.1", "divide by 10 at `drops`, or follow a cosine to zero", choices=("step", "cosine")
+    )
+    drops: tuple[int, ...] = setting((60_000, 80_000), "§4.1", "steps at which the rate is divided by 10", at_least=1)
+    warmup: int = setting(500, DETECTRON, "steps of linear warm-up from a third of the rate", at_least=0)
+    momentum: float = setting(0.9, "§4.1", "of SGD", at_least=0, below=1)
+    weight_decay: float = setting(
+        1e-4, "§4.1", "L2 in the gradient for sgd, decoupled for adamw; kernels only", at_least=0
+    )
+    bias_rate: float = setting(2.0, DETECTRON, "factor on the gradient of biases; sgd only", above=0)
+    clip_norm: float | None = setting(None, "off in the paper", "cap on the global norm of the gradient", above=0)
+    seed: int = setting(0, OURS, "of initialisation, order and augmentation", at_least=0)
+    checkpoint_every: int = setting(1000, OURS, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = setting(3, OURS, "newest checkpoints kept", at_least=1)
+    log_every: int = setting(20, OURS, "steps averaged in one row of log.csv", at_least=1)
+    jit_compile: bool | str = setting(
+        "auto", OURS, "XLA for forward and backward; auto: on for GPUs", choices=(True, False, "auto")
+    )
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """§4.1, Inference."""
+
+    score_threshold: float = setting(0.05, "§4.1", "confidence a detection must exceed", at_least=0, at_most=1)
+    pre_nms_top_k: int = setting(1000, "§4.1", "best predictions decoded per level", at_least=1)
+    nms_iou: float = setting(0.5, "§4.1", "threshold of non-maximum suppression", at_least=0, at_most=1)
+    max_detections: int = setting(100, DETECTRON, "detections kept per image", at_least=1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and how to evaluate."""
+
+    batch_size: int = setting(8, OURS, "images per inference step", at_least=1)
+    every: int = setting(10_000, OURS, "steps between evaluations on `val_split`; 0: none", at_least=0)
+    keep: str = setting(
+        "last", "§4.1: the trained model", "weights evaluated and exported at the end", choices=("last", "best")
+    )
+    pictures: int = setting(16, OURS, "images drawn", at_least=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_dict(self):
+        """The whole configuration as JSON-able dicts and lists; `Config` from it is equal to this one."""
+        return {"version": VERSION, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+
+def load_config(path, overrides=()):
+    """Read a JSON file and apply overrides.
+
+    Args:
+        path: the JSON file.
+        overrides: strings `section.key=value`; the value is JSON, or a bare string.
+
+    Returns:
+        a Config.
+
+    Raises:
+        ConfigError: naming the file and key, what was expected, and the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], 1, 0.4)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"No configuration at {path}.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from None
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a JSON object of sections, got {_show(tree)}")
+    try:
+        for override in overrides:
+            _apply(tree, override)
+        return config_from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def config_from_dict(tree):
+    """The Config of a dict as `Config.to_dict` gives it; missing keys take their defaults.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    tree = dict(tree)
+    version = tree.pop("version", VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {_show(version)}")
+    if version > VERSION:
+        raise ConfigError(
+            f"version: this configuration is of version {version}, and this release reads up to {VERSION}. "
+            "Upgrade retinanet_keras, or train with the release that wrote it."
+        )
+    config = _build(Config, tree, "")
+    _check_together(config)
+    return config
+
+
+def describe():
+    """(key, default, documentation, source) of every setting, in order; for `python -m retinanet_keras config`."""
+    rows = []
+
+    def walk(cls, prefix):
+        for item in dataclasses.fields(cls):
+            if item.default is dataclasses.MISSING:
+                walk(item.default_factory, f"{prefix}{item.name}.")
+            else:
+                default = json.dumps(item.default)
+                rows.append((prefix + item.name, default, item.metadata["doc"], item.metadata["source"]))
+
+    walk(Config, "")
+    return rows
+
+
+def _apply(tree, override):
+    """Set one `a.b=value` in a tree of dicts."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set expects section.key=value, such as train.batch_size=4; got {override!r}")
+    *sections, last = key.split(".")
+    kind = _kind_of(sections, last)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if kind is str:  # a folder may be called 2017
+        value = text
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {section} is no section in this file but {_show(tree)}")
+    tree[last] = value
+
+
+def _kind_of(sections, last):
+    """The annotated type at a key path, or None where there is no such key (validation will say so)."""
+    cls = Config
+    for section in sections:
+        cls = typing.get_type_hints(cls).get(section)
+        if not dataclasses.is_dataclass(cls):
+            return None
+    return typing.get_type_hints(cls).get(last)
+
+
+def _build(cls, tree, path):
+    """A dataclass from a dict, checking names, types and limits."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.rstrip('.')}: expected a JSON object of settings, got {_show(tree)}")
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if name not in known:
+            raise ConfigError(f"unknown key {path}{name}.{_nearest(path + str(name))}")
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, f"{path}{name}.")
+        else:
+            values[name] = _convert(value, hints[name], known[name].metadata, path + name)
+    return cls(**values)
+
+
+def _nearest(key):
+    """A hint naming the valid key that looks most like this one, wherever its section is."""
+    keys = [row[0] for row in describe()]
+    sections = sorted({k.rsplit(".", 1)[0] for k in keys})
+    near = difflib.get_close_matches(key, keys + sections, 1, 0.5)
+    if not near:  # the right name in another section
+        leaf = key.rsplit(".", 1)[-1]
+        by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        near = [by_leaf[n] for n in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
+    return (
+        f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(s for s in sections if '.' not in s)}."
+    )
+
+
+def _convert(value, hint, limits, key):
+    """A JSON value as the annotated type, or a ConfigError."""
+    if typing.get_origin(hint) is tuple:
+        item, *rest = typing.get_args(hint)
+        count = None if Ellipsis in rest else 1 + len(rest)
+        if not isinstance(value, (list, tuple)) or (count or len(value)) != len(value) or not value:
+            expected = f"a list of {count}" if count else "a list of one or more"
+            raise ConfigError(f"{key}: expected {expected} {_type_name(item)} values, got {_show(value)}")
+        return tuple(_convert(v, item, limits, f"{key}[{i}]") for i, v in enumerate(value))
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if isinstance(value, option) and not (isinstance(value, bool) and bool not in options):
+            break
+    else:
+        raise ConfigError(f"{key}: expected {' or '.join(map(_type_name, options))}, got {_show(value)}")
+    if value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: expected a finite number, got {value}")
+    if "choices" in limits and value not in limits["choices"]:
+        near = difflib.get_close_matches(str(value), map(str, limits["choices"]), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}: expected one of {', '.join(map(str, limits['choices']))}, got {_show(value)}.{hint}")
+    for name, holds, words in (
+        ("at_least", lambda v, limit: v >= limit, "at least"),
+        ("above", lambda v, limit: v > limit, "a number above"),
+        ("at_most", lambda v, limit: v <= limit, "at most"),
+        ("below", lambda v, limit: v < limit, "a number below"),
+    ):
+        if name in limits and not holds(value, limits[name]):
+            raise ConfigError(f"{key}: expected {words} {limits[name]}, got {value}")
+    return value
+
+
+def _check_together(config):
+    """What no single key shows."""
+    data, targets, train = config.data, config.targets, config.train
+    if data.scale_jitter[0] > data.scale_jitter[1]:
+        raise ConfigError(f"data.scale_jitter: expected the smaller factor first, got {list(data.scale_jitter)}")
+    if "{split}" not in data.annotations:
+        raise ConfigError(f"data.annotations: expected a name with {{split}} in it, got {data.annotations!r}")
+    if targets.negative_iou > targets.positive_iou:
+        raise ConfigError(
+            f"targets.negative_iou: expected at most targets.positive_iou, {targets.positive_iou}, "
+            f"got {targets.negative_iou}"
+        )
+    if list(train.drops) != sorted(set(train.drops)):
+        raise ConfigError(f"train.drops: expected increasing steps, got {list(train.drops)}")
+    if config.model.weights == "imagenet" and (
+        config.model.backbone == "resnet18" or config.model.norm != "frozen" or config.model.width != 64
+    ):
+        raise ConfigError(
+            'model.weights: "imagenet" exists for resnet50, resnet101 and resnet152 with norm "frozen" and width 64; '
+            f"got {config.model.backbone}, {config.model.norm}, {config.model.width}. "
+            "For training from random weights set model.weights=null"
+        )
+
+
+def _type_name(kind):
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}[kind]
+
+
+def _show(value):
+    """A value as JSON, with the type's name where that does not tell."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,208 @@
+"""COCO's annotation JSON: images, boxes, and the map between labels and category ids.
+
+Labels are 0..K-1 in increasing order of category id; `Categories` maps back. Boxes become absolute `x1, y1, x2, y2`
+pixels here: COCO's `x, y, width, height` ends at this boundary. What the JSON must hold is in `rules`.
+"""
+
+import difflib
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from retinanet_keras.data import rules
+
+logger = logging.getLogger("retinanet_keras")
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used; the message names the file, the offenders and what to do."""
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Label i has the category id `ids[i]` and the name `names[i]`."""
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def to_list(self):
+        """JSON-able, as run folders, checkpoints and exports keep it; `from_list` is the inverse."""
+        rows = enumerate(zip(self.ids, self.names, strict=True))
+        return [{"label": label, "id": id_, "name": name} for label, (id_, name) in rows]
+
+    @classmethod
+    def from_list(cls, rows):
+        """The Categories whose `to_list` gives `rows`, in any order."""
+        rows = sorted(rows, key=lambda row: row["label"])
+        labels = [row["label"] for row in rows]
+        if labels != list(range(len(rows))):
+            raise DataError(f"Expected the labels 0 to {len(rows) - 1} once each, got {rules.show(labels)}.")
+        return cls(tuple(int(row["id"]) for row in rows), tuple(str(row["name"]) for row in rows))
+
+
+@dataclass(frozen=True, eq=False)
+class CocoDataset:
+    """Images and boxes in flat arrays: the boxes of image i are the rows `offsets[i]` up to `offsets[i + 1]`."""
+
+    categories: Categories
+    image_ids: np.ndarray  # int64 [N]
+    files: tuple[str, ...]  # N paths
+    sizes: np.ndarray  # int32 [N, 2], (height, width) as the JSON has them
+    offsets: np.ndarray  # int64 [N + 1]
+    boxes: np.ndarray  # float32 [M, 4], x1, y1, x2, y2 in pixels, clipped to the image
+    labels: np.ndarray  # int32 [M], 0..K-1
+    annotation_file: str
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> annotations of the file left out, crowds included
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def boxes_of(self, i):
+        """float32 [n, 4], x1, y1, x2, y2 in pixels of image i."""
+        return self.boxes[self.offsets[i] : self.offsets[i + 1]]
+
+    def labels_of(self, i):
+        """int32 [n]."""
+        return self.labels[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def max_boxes(self):
+        """The largest number of boxes of one image, at least 1."""
+        return max(1, int(np.diff(self.offsets).max(initial=0)))
+
+    def subset(self, indices):
+        """The dataset of these images, in this order. `indices`: whatever indexes an array of length N."""
+        indices = np.arange(len(self))[indices]  # [n]
+        counts = np.diff(self.offsets)[indices]  # [n]
+        offsets = _offsets(counts)  # [n + 1]
+        rows = np.repeat(self.offsets[indices] - offsets[:-1], counts) + np.arange(offsets[-1])  # [m]
+        return CocoDataset(
+            categories=self.categories,
+            image_ids=self.image_ids[indices],
+            files=tuple(self.files[i] for i in indices),
+            sizes=self.sizes[indices],
+            offsets=offsets,
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            annotation_file=self.annotation_file,
+            dropped=self.dropped,
+        )
+
+
+def load(annotation_file, image_dir, *, keep_empty=True):
+    """Read COCO annotations. Crowds are left out, and so are unusable boxes, with a warning; see `dropped`.
+
+    Args:
+        annotation_file: the JSON; `annotations` may be absent, as in test-dev's.
+        image_dir: the folder of the `file_name`s. `missing_files` tells whether the files exist.
+        keep_empty: keep the images that have no boxes left.
+
+    Returns:
+        a CocoDataset, images in the file's order.
+
+    Raises:
+        DataError: listing everything that is wrong with the file.
+    """
+    findings, dataset = examine(read(annotation_file), annotation_file, image_dir)
+    errors = [f"\n- {finding}" for finding in findings if finding.level == rules.ERROR]
+    if errors:
+        raise DataError(f"{annotation_file} cannot be used:{''.join(errors)}")
+    warnings = [f"{w.count} {w.what}, such as {w.examples[0]}" for w in findings if w.level == rules.WARNING]
+    if warnings:
+        logger.warning(
+            "%s: left out %s. Run `python -m retinanet_keras inspect` for more.", annotation_file, "; ".join(warnings)
+        )
+    if not keep_empty:
+        filled = np.flatnonzero(np.diff(dataset.offsets))
+        if not len(filled):
+            raise DataError(
+                f"{annotation_file}: none of its {len(dataset)} images has a usable box, and images without boxes are "
+                "left out (data.keep_empty is false). Check the annotations, or name another split."
+            )
+        dataset = dataset.subset(filled)
+    return dataset
+
+
+def read(annotation_file):
+    """The JSON object of an annotation file, or a DataError."""
+    path = Path(annotation_file)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            tree = json.load(file)
+    except FileNotFoundError:
+        names = sorted(p.name for p in path.parent.glob("*.json"))
+        near = difflib.get_close_matches(path.name, names, rules.SHOWN, 0.4) or names[: rules.SHOWN]
+        raise DataError(
+            f"No annotations at {path}; {path.parent} holds {', '.join(near) or 'no .json file'}. "
+            "data.dir, data.annotations and the names of the splits say where to look."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}. Was it written to the end?"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from None
+    if not isinstance(tree, dict):
+        raise DataError(
+            f"{path} must hold a JSON object with `images`, `annotations` and `categories`, got {rules.show(tree)}"
+        )
+    return tree
+
+
+def examine(tree, annotation_file, image_dir):
+    """Check a JSON object against every rule, and keep what is usable.
+
+    Returns:
+        a list of `rules.Finding`, and the CocoDataset of every usable image and box.
+    """
+    findings, lists = rules.check_lists(tree)
+    if not os.path.isdir(image_dir):
+        findings.append(
+            rules.Finding(
+                "image-folder", rules.ERROR, 1, "image folder that does not exist", (str(image_dir),),
+                "data.dir and data.images say where the images are.",
+            )  # fmt: skip
+        )
+    found, category_ids, names = rules.check_categories(lists["categories"])
+    findings += found
+    found, known_ids, image_ids, file_names, sizes = rules.check_images(lists["images"])
+    findings += found
+    found, image, boxes, labels, dropped = rules.check_annotations(
+        lists["annotations"], known_ids, image_ids, sizes, category_ids
+    )
+    findings += found
+    dataset = CocoDataset(
+        categories=Categories(tuple(category_ids.tolist()), names),
+        image_ids=image_ids,
+        files=tuple(os.path.join(image_dir, name) for name in file_names),
+        sizes=sizes,
+        offsets=_offsets(np.bincount(image, minlength=len(image_ids))),
+        boxes=boxes,
+        labels=labels,
+        annotation_file=str(annotation_file),
+        dropped=dropped,
+    )
+    return findings, dataset
+
+
+def missing_files(dataset):
+    """The paths in `dataset.files` that do not exist. Lists each folder once, which 118k files need."""
+    present = set()
+    for folder in {os.path.dirname(path) for path in dataset.files}:
+        try:
+            present.update(os.path.join(folder, name) for name in os.listdir(folder or "."))
+        except OSError:
+            continue
+    return [path for path in dataset.files if path not in present and not os.path.exists(path)]
+
+
+def _offsets(counts):
+    """int64 [n + 1] from counts [n]."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -1,0 +1,82 @@
+"""Where a split's images and boxes are: COCO files, the generated shapes, TensorFlow Datasets."""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from retinanet_keras.config import ConfigError
+from retinanet_keras.data import coco, shapes
+
+
+def open_split(config, split, *, keep_empty=True):
+    """The images and boxes of a split.
+
+    Args:
+        config: a DataConfig.
+        split: its name, as in `data.train_split`.
+        keep_empty: keep images without boxes.
+
+    Returns:
+        a coco.CocoDataset.
+
+    Raises:
+        DataError, ConfigError: saying what is missing or wrong, and where.
+    """
+    if config.source == "tfds":
+        raise ConfigError(
+            f'data.source: "tfds" ({config.name}) is not available in this release. Use "coco" with the official '
+            "files: data.source=coco data.dir=FOLDER, and data.annotations, data.images and the splits to suit "
+            "(see the README, Train on COCO)"
+        )
+    if config.source == "shapes":
+        shapes.generate(config.dir, config.shapes)
+    return coco.load(annotation_file(config, split), image_dir(config, split), keep_empty=keep_empty)
+
+
+def annotation_file(config, split):
+    """The path of a split's annotation JSON."""
+    return Path(config.dir) / config.annotations.format(split=split)
+
+
+def image_dir(config, split):
+    """The folder of a split's images."""
+    return Path(config.dir) / config.images.format(split=split)
+
+
+def decode(image_bytes):
+    """Encoded JPEG, PNG, BMP, GIF or WebP bytes -> RGB uint8 [H, W, 3]. EXIF is ignored everywhere."""
+    image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+    image.set_shape([None, None, 3])
+    return image
+
+
+def read_image(path):
+    """The RGB pixels of a file, uint8 NumPy [H, W, 3].
+
+    Raises:
+        DataError: where the file is missing or no image.
+    """
+    try:
+        return decode(tf.io.read_file(str(path))).numpy()
+    except tf.errors.OpError as error:
+        raise coco.DataError(f"{path} cannot be read as an image: {_first_line(error)}") from None
+
+
+def unusable_images(dataset, indices):
+    """Sentences on the images, among those of these indices, that cannot be decoded or differ in size from the JSON."""
+    problems = []
+    for i in np.unique(indices):
+        try:
+            size = read_image(dataset.files[i]).shape[:2]
+        except coco.DataError as error:
+            problems.append(str(error))
+            continue
+        if size != tuple(dataset.sizes[i]):
+            told = "x".join(str(side) for side in dataset.sizes[i])
+            problems.append(f"{dataset.files[i]} is {size[0]}x{size[1]} (height x width), its annotation says {told}")
+    return problems
+
+
+def _first_line(error):
+    return (error.message or str(error)).split("\n")[0].split(" [Op:")[0]

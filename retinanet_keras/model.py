@@ -1,0 +1,328 @@
+"""RetinaNet as a Keras model: pixels to logits and deltas (§4), the loss of §4.1, and detections.
+
+Compile, fit, evaluate, predict, save and load work as for any Keras model. On TensorFlow a train step of its own keeps
+forward, loss and gradients in one XLA function per replica, and everything that crosses replicas outside it.
+"""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from retinanet_keras import backbone as backbones
+from retinanet_keras import detections, losses
+from retinanet_keras.anchors import anchor_boxes, level_sizes
+from retinanet_keras.config import AnchorConfig, DetectionConfig, TargetConfig
+from retinanet_keras.pyramid import FeaturePyramid
+from retinanet_keras.subnets import Subnet
+from retinanet_keras.targets import IGNORE, assign
+
+PAD_COLOR = tuple(round(mean) for mean in backbones.MEAN)  # RGB; about zero after normalisation
+SIZE_MULTIPLE = 32  # C5's stride: every level divides evenly
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class RetinaNet(keras.Model):
+    """The detector of §4.
+
+    Call: RGB images [B, H, W, 3] of 0..255, uint8 or float -> {"logits": [B, A, K], "deltas": [B, A, 4]}, float32, A
+    the anchors of the size padded to multiples of 32.
+
+    Args:
+        num_classes: K.
+        backbone: "resnet18", "resnet50", "resnet101" or "resnet152".
+        weights: of the backbone: None for random ones, "imagenet", or a file of `save_weights`.
+        anchors, targets, detection: settings of anchors, of their assignment, and of inference.
+        fpn_channels: of the pyramid and the subnets.
+        head_depth: convs in a subnet before its last.
+        prior: initial foreground probability of every anchor, pi of §4.1.
+        norm: in the backbone, "frozen", "batch" or "group"; None: "frozen" with pre-trained weights, else "group", as
+            frozen batch normalisation cannot be trained from random weights.
+        width: channels of the backbone's stem.
+        freeze_at: backbone stages not trained; None: 2 (the stem and res2) with pre-trained weights, else 0.
+        categories: list of {"label", "id", "name"}, carried along to files and exports; None for none.
+    """
+
+    def __init__(
+        self, num_classes, backbone="resnet50", *, weights=None, anchors=AnchorConfig(), targets=TargetConfig(),  # noqa: B008
+        detection=DetectionConfig(), fpn_channels=256, head_depth=4, prior=0.01, norm=None, width=64, freeze_at=None,  # noqa: B008
+        categories=None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(**kwargs)
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes: expected a whole number of at least 1, got {num_classes!r}")
+        self.num_classes = num_classes
+        self.anchors, self.targets, self.detection = anchors, targets, detection
+        self.categories = categories
+        norm = norm or ("frozen" if weights else "group")
+        freeze_at = (2 if weights else 0) if freeze_at is None else freeze_at
+        self._settings = {
+            "num_classes": num_classes, "backbone": backbone, "fpn_channels": fpn_channels, "head_depth": head_depth,
+            "prior": prior, "norm": norm, "width": width, "freeze_at": freeze_at, "categories": categories,
+        }  # fmt: skip
+        self.backbone = backbones.resnet(backbone, width=width, norm=norm)
+        if weights == "imagenet":
+            backbones.load_imagenet(self.backbone)
+        elif weights:
+            self.backbone.load_weights(weights)
+        backbones.freeze(self.backbone, freeze_at)
+        self.pyramid = FeaturePyramid(fpn_channels, name="pyramid")
+        head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth}
+        self.class_subnet = Subnet(values=num_classes, prior=prior, name="class_subnet", **head)
+        self.box_subnet = Subnet(values=4, name="box_subnet", **head)
+        self.classification_tracker = keras.metrics.Mean("classification_loss")
+        self.box_tracker = keras.metrics.Mean("box_loss")
+        self.positives_tracker = keras.metrics.Mean("positives")
+        self._detect_graph = None
+        self.build((None, None, None, 3))
+
+    def build(self, input_shape):
+        """All weights exist from the start, whatever sizes of images will come."""
+        if self.built:
+            return
+        self.pyramid.build({name: tensor.shape for name, tensor in self.backbone.output.items()})
+        levels = [(None, None, None, self.pyramid.channels)] * 5
+        self.class_subnet.build(levels)
+        self.box_subnet.build(levels)
+        self.built = True
+
+    def call(self, images, training=False):
+        x = normalise(images)
+        x = ops.cast(x, self.compute_dtype)
+        levels = self.pyramid(self.backbone(x, training=training))
+        return {"logits": self.class_subnet(levels), "deltas": self.box_subnet(levels)}
+
+    # Training
+
+    def compile(
+        self, optimizer="sgd", classification_loss=None, box_loss=None, *, box_weight=1.0, normalizer="image",
+        jit_compile="auto", **kwargs,
+    ):  # fmt: skip
+        """Configure training.
+
+        Args:
+            optimizer: any Keras optimizer, or its name.
+            classification_loss: called (0/1 targets, logits), element-wise; None: `losses.FocalLoss()`, the paper's.
+            box_loss: called (target deltas, deltas), element-wise; None: `losses.SmoothL1Loss()`.
+            box_weight: weight of the box loss in the sum.
+            normalizer: "image", each image's loss is divided by its own number of positive anchors (§4.1), then
+                averaged; "minibatch", the sum is divided by the sum of positives + 1 (Detectron).
+            jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
+        """
+        if normalizer not in ("image", "minibatch"):
+            raise ValueError(f'normalizer: expected "image" or "minibatch", got {normalizer!r}')
+        self.classification_loss = keras.losses.get(classification_loss) or losses.FocalLoss()
+        self.box_loss = keras.losses.get(box_loss) or losses.SmoothL1Loss()
+        self.box_weight, self.normalizer, self.jit_step = box_weight, normalizer, jit_compile
+        self._gradients = None
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        # Keras would wrap the whole of a distributed step in XLA, which fails; `_gradients` is what is compiled.
+        super().compile(optimizer=optimizer, jit_compile=False if on_tensorflow else jit_compile, **kwargs)
+
+    def get_compile_config(self):
+        if not self.compiled:
+            return None
+        config = {
+            "optimizer": self.optimizer, "classification_loss": self.classification_loss, "box_loss": self.box_loss,
+            "box_weight": self.box_weight, "normalizer": self.normalizer, "jit_compile": self.jit_step,
+        }  # fmt: skip
+        return keras.saving.serialize_keras_object(config)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def loss_terms(self, images, truth, outputs):
+        """The unnormalised losses of a batch, and what to divide them by.
+
+        Args:
+            images: the batch, for its size.
+            truth: dict of boxes [B, N, 4], absolute pixels of the images, and labels [B, N], -1 in padding.
+            outputs: of the model for these images.
+
+        Returns:
+            (classification, box, divisor, positives): float32 scalars. The losses are sums over the batch; sums and
+            divisors of several batches may be added up before dividing. positives: the number of positive anchors.
+        """
+        class_targets, box_targets = assign(
+            self._anchors_of(images)[0], truth["boxes"], truth["labels"], **dataclasses.asdict(self.targets)
+        )  # [B, A], [B, A, 4]
+        class_targets, box_targets = ops.stop_gradient(class_targets), ops.stop_gradient(box_targets)
+        positive = class_targets >= 0
+        count = ops.sum(ops.cast(positive, "float32"), axis=1)  # [B]
+        classification = _sum_classification(self.classification_loss, class_targets, outputs["logits"])  # [B]
+        box = ops.sum(_elementwise(self.box_loss, box_targets, outputs["deltas"]), axis=-1)  # [B, A]
+        box = ops.sum(ops.where(positive, box, 0.0), axis=1)  # [B]
+        if self.normalizer == "image":
+            classification, box = (ops.sum(loss / ops.maximum(count, 1.0)) for loss in (classification, box))
+            divisor = ops.cast(ops.shape(count)[0], "float32")
+        else:
+            classification, box = ops.sum(classification), ops.sum(box)
+            divisor = ops.sum(count + 1.0)
+        return classification, box, divisor, ops.sum(count)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of one batch; evaluation uses it on every backend, and training where there is no own train step."""
+        classification, box, divisor, positives = self.loss_terms(x, y, y_pred)
+        self._track(classification, box, divisor, positives, ops.shape(x)[0])
+        return (classification + self.box_weight * box) / divisor
+
+    def train_step(self, *args):
+        """One step. On TensorFlow `data` is (images, truth), and `_gradients` holds all that XLA compiles."""
+        if keras.backend.backend() != "tensorflow":
+            return super().train_step(*args)
+        import tensorflow as tf
+
+        images, truth = args[0]
+        if self._gradients is None:
+            jit = bool(tf.config.list_physical_devices("GPU")) if self.jit_step == "auto" else self.jit_step
+            self._gradients = tf.function(self._sums_and_gradients, jit_compile=jit, reduce_retracing=True)
+        sums, gradients = self._gradients(images, truth["boxes"], truth["labels"])
+        classification, box, divisor, positives = sums
+        whole = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, divisor)
+        self.optimizer.apply([gradient / whole for gradient in gradients], self.trainable_variables)
+        self._track(classification, box, divisor, positives, tf.shape(images)[0])
+        loss = (classification + self.box_weight * box) / divisor
+        self._loss_tracker.update_state(loss, sample_weight=divisor)
+        return self.get_metrics_result()
+
+    def _sums_and_gradients(self, images, boxes, labels):
+        """`loss_terms`, and the gradients of the weighted sum of the losses, not yet divided."""
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            outputs = self(images, training=True)
+            sums = self.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs)
+            loss = self.optimizer.scale_loss(sums[0] + self.box_weight * sums[1])
+        return sums, tape.gradient(loss, self.trainable_variables)
+
+    def _track(self, classification, box, divisor, positives, batch):
+        self.classification_tracker.update_state(classification / divisor, sample_weight=divisor)
+        self.box_tracker.update_state(box / divisor, sample_weight=divisor)
+        batch = ops.cast(batch, "float32")
+        self.positives_tracker.update_state(positives / batch, sample_weight=batch)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Keras would take a batch from the data, and fail where replicas' shapes differ; all weights exist already."""
+        if self.optimizer is not None and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+
+    # Inference
+
+    def detect(self, images, sizes=None):
+        """Detections in images as they are: nothing is resized.
+
+        Args:
+            images: RGB [B, H, W, 3] of 0..255, uint8 or float.
+            sizes: [B, 2], height and width of each image before padding, to which boxes are clipped; None: H and W.
+
+        Returns:
+            dict of boxes float32 [B, D, 4] in absolute pixels x1, y1, x2, y2, scores float32 [B, D] falling, labels
+            int32 [B, D], count int32 [B]; D = `detection.max_detections`. Rows past count: box 0, score 0, label -1.
+        """
+        images = ops.convert_to_tensor(images)
+        if len(images.shape) != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images: expected RGB images [B, H, W, 3], got shape {tuple(images.shape)}")
+        if sizes is None:
+            sizes = _own_sizes(images)
+        if keras.backend.backend() != "tensorflow":
+            return self.detect_in_graph(images, sizes)
+        import tensorflow as tf
+
+        if self._detect_graph is None:
+            self._detect_graph = tf.function(self.detect_in_graph, reduce_retracing=True)
+        return self._detect_graph(images, tf.cast(sizes, tf.float32))
+
+    def predict_step(self, *args):
+        """`predict` gives the dict of `detect`."""
+        data = args[-1]  # JAX passes its state first
+        images, truth, _ = keras.utils.unpack_x_y_sample_weight(data)
+        return self.detect_in_graph(images, truth["size"] if truth and "size" in truth else _own_sizes(images))
+
+    def detect_in_graph(self, images, sizes):
+        """`detect` without its own compilation, for use in a larger graph."""
+        outputs = self(images, training=False)
+        anchors, per_level = self._anchors_of(images)
+        sizes = ops.cast(sizes, "float32")
+        return detections.decode(
+            outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1],
+            **dataclasses.asdict(self.detection),
+        )  # fmt: skip
+
+    def _anchors_of(self, images):
+        """(anchors [A, 4], anchors per level) of a batch, at its padded size."""
+        height, width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in ops.shape(images)[1:3])
+        return anchor_boxes(height, width, self.anchors), level_sizes(height, width, self.anchors)
+
+    # Saving
+
+    def get_config(self):
+        """Everything but the weights; a reloaded model does not fetch pre-trained ones again."""
+        settings = {name: dataclasses.asdict(getattr(self, name)) for name in ("anchors", "targets", "detection")}
+        return {**super().get_config(), **self._settings, **settings}
+
+    @classmethod
+    def from_config(cls, config):
+        kinds = {"anchors": AnchorConfig, "targets": TargetConfig, "detection": DetectionConfig}
+        settings = {}
+        for name, kind in kinds.items():
+            values = dict(config[name])
+            settings[name] = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        return cls(**{**config, **settings})
+
+
+def normalise(images):
+    """Pixels to network input: padded to multiples of 32 with the mean colour, then (RGB - mean) / std.
+
+    Padding is at the right and the bottom.
+
+    Args:
+        images: RGB [B, H, W, 3] of 0..255, any dtype.
+
+    Returns:
+        float32 [B, H', W', 3].
+    """
+    # Padding is PAD_COLOR, whole numbers, so that uint8 images padded beforehand give the same.
+    color = ops.convert_to_tensor([float(c) for c in PAD_COLOR])
+    x = ops.cast(images, "float32") - color
+    bottom, right = (-side % SIZE_MULTIPLE for side in ops.shape(images)[1:3])
+    if not (isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0):
+        x = ops.pad(x, [[0, 0], [0, bottom], [0, right], [0, 0]])
+    mean, std = (ops.convert_to_tensor([float(v) for v in values]) for values in (backbones.MEAN, backbones.STD))
+    return (x + (color - mean)) / std
+
+
+def _own_sizes(images):
+    """Height and width of every image of a batch, int [B, 2]."""
+    batch, height, width = ops.shape(images)[:3]
+    return ops.tile(ops.stack([height, width])[None], (batch, 1))
+
+
+def _sum_classification(loss, class_targets, logits):
+    """The classification loss of each image, summed over its anchors that are not ignored, and classes.
+
+    Every logit counts as a negative, then the one logit of each positive anchor is corrected: no [B, A, K] targets.
+
+    Args:
+        loss: element-wise, called (0/1 targets, logits).
+        class_targets: int32 [B, A].
+        logits: [B, A, K].
+
+    Returns:
+        float32 [B].
+    """
+    per_anchor = ops.sum(_elementwise(loss, ops.zeros_like(logits), logits), axis=-1)  # [B, A]
+    per_anchor = ops.where(class_targets == IGNORE, 0.0, per_anchor)
+    own = ops.take_along_axis(logits, ops.maximum(class_targets, 0)[..., None], axis=-1)  # [B, A, 1]
+    change = _elementwise(loss, ops.ones_like(own), own) - _elementwise(loss, ops.zeros_like(own), own)
+    return ops.sum(per_anchor + ops.where(class_targets >= 0, change[..., 0], 0.0), axis=1)
+
+
+def _elementwise(loss, targets, predictions):
+    """Unreduced float32 values of any Keras loss or function, of the predictions' shape.
+
+    Keras's own losses average over the last axis, here one of length 1; `call` comes before any other reduction.
+    """
+    values = getattr(loss, "call", loss)(targets[..., None], predictions[..., None])
+    return ops.cast(ops.reshape(values, ops.shape(predictions)), "float32")

@@ -1,0 +1,77 @@
+"""§4.1, Optimization: SGD as Caffe2 and Detectron run it, and learning-rate schedules."""
+
+import math
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class SGD(keras.optimizers.SGD):
+    """SGD with momentum whose L2 penalty is part of the gradient, for kernels only, and whose biases learn faster.
+
+    Keras's own `weight_decay` bypasses the momentum and decays every variable; Caffe2's, the paper's, does neither.
+
+    Args:
+        l2: weight of the penalty; `l2 * kernel` is added to the gradient before the momentum.
+        bias_rate: factor on the gradient of biases (Detectron: 2).
+    """
+
+    def __init__(self, learning_rate=0.01, momentum=0.9, l2=1e-4, bias_rate=2.0, name="SGD", **kwargs):
+        super().__init__(learning_rate, momentum=momentum, name=name, **kwargs)
+        self.l2 = l2
+        self.bias_rate = bias_rate
+
+    def update_step(self, gradient, variable, learning_rate):
+        kind = variable.path.rsplit("/", 1)[-1]
+        if kind == "kernel":
+            gradient = gradient + ops.cast(self.l2, gradient.dtype) * ops.cast(variable, gradient.dtype)
+        elif kind == "bias":
+            gradient = gradient * ops.cast(self.bias_rate, gradient.dtype)
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return {**super().get_config(), "l2": self.l2, "bias_rate": self.bias_rate}
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from a third of the rate (Detectron), then steps (§4.1) or a cosine to zero.
+
+    Args:
+        rate: after warm-up.
+        iterations: steps in all; where the cosine ends.
+        warmup: steps of warm-up.
+        drops: steps at which the rate is divided by 10; None for the cosine.
+    """
+
+    def __init__(self, rate, iterations, warmup=500, drops=(60_000, 80_000)):
+        self.rate, self.iterations, self.warmup = rate, iterations, warmup
+        self.drops = None if drops is None else tuple(drops)
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        if self.drops is None:
+            share = ops.clip((step - self.warmup) / max(1, self.iterations - self.warmup), 0.0, 1.0)
+            rate = self.rate * 0.5 * (1.0 + ops.cos(math.pi * share))
+        else:
+            passed = sum(ops.cast(step >= drop, "float32") for drop in self.drops)
+            rate = self.rate * ops.power(0.1, passed)
+        return rate * ops.minimum(1.0, 1.0 / 3.0 + 2.0 / 3.0 * step / max(1, self.warmup))
+
+    def get_config(self):
+        return {"rate": self.rate, "iterations": self.iterations, "warmup": self.warmup, "drops": self.drops}
+
+
+def build(train):
+    """The optimizer of a TrainConfig."""
+    drops = None if train.schedule == "cosine" else train.drops
+    schedule = Schedule(train.learning_rate, train.iterations, train.warmup, drops)
+    if train.optimizer == "adamw":
+        optimizer = keras.optimizers.AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm)
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        return optimizer
+    return SGD(
+        schedule, momentum=train.momentum, l2=train.weight_decay, bias_rate=train.bias_rate,
+        global_clipnorm=train.clip_norm,
+    )  # fmt: skip

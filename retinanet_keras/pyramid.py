@@ -1,0 +1,52 @@
+"""§4, Feature Pyramid Network Backbone: C3, C4 and C5 to P3 ... P7."""
+
+import keras
+from keras import layers
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class FeaturePyramid(layers.Layer):
+    """Top-down pathway with lateral connections for P3 to P5; P6 from C5 and P7 from ReLU(P6), both of stride 2.
+
+    Call: dict of c3 [B, H/8, W/8, .], c4 [B, H/16, W/16, .], c5 [B, H/32, W/32, .] -> list of p3 ... p7, each
+    [B, ceil(H/2^l), ceil(W/2^l), channels]. H and W are multiples of 32.
+    """
+
+    def __init__(self, channels=256, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.laterals = {f"c{n}": _conv(channels, 1, f"lateral{n}") for n in (3, 4, 5)}
+        self.outputs_ = {f"c{n}": _conv(channels, 3, f"output{n}") for n in (3, 4, 5)}
+        self.pad = layers.ZeroPadding2D(1)
+        self.p6 = _conv(channels, 3, "p6", stride=2)
+        self.p7 = _conv(channels, 3, "p7", stride=2)
+        self.upsample = layers.UpSampling2D(2, interpolation="nearest")
+
+    def build(self, shapes):
+        for name in ("c3", "c4", "c5"):
+            self.laterals[name].build(shapes[name])
+            self.outputs_[name].build((None, None, None, self.channels))
+        self.p6.build(shapes["c5"])
+        self.p7.build((None, None, None, self.channels))
+        self.built = True
+
+    def call(self, features):
+        merged = {"c5": self.laterals["c5"](features["c5"])}
+        for name, above in (("c4", "c5"), ("c3", "c4")):
+            merged[name] = self.laterals[name](features[name]) + self.upsample(merged[above])
+        p6 = self.p6(self.pad(features["c5"]))
+        p7 = self.p7(self.pad(keras.ops.relu(p6)))
+        return [self.outputs_[name](merged[name]) for name in ("c3", "c4", "c5")] + [p6, p7]
+
+    def get_config(self):
+        return {**super().get_config(), "channels": self.channels}
+
+
+def _conv(channels, size, name, stride=1):
+    """Detectron's Xavier fill, not in the paper: uniform within sqrt(3 / fan_in), and zero bias.
+
+    Stride 2 goes with explicit padding: TensorFlow's "same" pads it on one side only.
+    """
+    fill = keras.initializers.VarianceScaling(scale=1.0, mode="fan_in", distribution="uniform")
+    padding = "same" if stride == 1 else "valid"
+    return layers.Conv2D(channels, size, stride, padding, kernel_initializer=fill, name=name)

@@ -1,0 +1,1 @@
+"""What comes of detections: COCO's numbers, pictures and curves."""

@@ -1,0 +1,341 @@
+"""Pictures of boxes, contact sheets and training curves.
+
+Images are uint8 RGB [H, W, 3]; boxes are absolute `x1, y1, x2, y2` in their pixels.
+"""
+
+import colorsys
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure  # no pyplot: it keeps figures and a backend in global state
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours, which people with any form of colour blindness can tell apart; black is left out, for
+# pictures are dark in places.
+PALETTE = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
+)  # fmt: skip
+NO_CLASS = PALETTE[5]
+CAPTION = (60, 60, 60)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+PANEL_SIDES = (320, 1600)  # least and largest longer side of a panel of `side_by_side`, in pixels
+
+
+def color(label):
+    """The RGB colour of a class: the palette, then lighter, then darker, then hues a golden angle apart."""
+    shade, place = divmod(int(label), len(PALETTE))
+    if shade == 0:
+        return PALETTE[place]
+    if shade < 3:
+        other = (255, 0)[shade - 1]
+        return tuple(round(0.55 * c + 0.45 * other) for c in PALETTE[place])
+    n = int(label) - 3 * len(PALETTE)
+    red, green, blue = colorsys.hls_to_rgb(n * 0.618034 % 1, (0.35, 0.5, 0.65)[n % 3], 0.75)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_boxes(image, boxes, labels, names, scores=None, *, width=None):
+    """A copy of the image with boxes, and tags of name and score that lie inside the image.
+
+    Args:
+        image: uint8 [H, W, 3].
+        boxes: [N, 4] absolute x1, y1, x2, y2. Parts outside the image are cut off; boxes wholly outside,
+            inverted or not finite are left out.
+        labels: [N] in 0..K-1, or None for boxes without a class. Rows of label -1 (padding) are left out.
+        names: K class names; a label past them is shown as its number.
+        scores: [N] or None.
+        width: of the lines, in pixels; by default it grows with the image.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    image = _checked(image)
+    rows, columns = image.shape[:2]
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)  # [N, 4]
+    count = len(boxes)
+    labels = None if labels is None else np.asarray(labels).astype(np.int64).reshape(-1)  # [N]
+    scores = None if scores is None else np.asarray(scores, np.float64).reshape(-1)  # [N]
+    for what, values in (("labels", labels), ("scores", scores)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"Expected as many {what} as boxes, got {len(values)} {what} and {count} boxes")
+    x1, y1, x2, y2 = boxes.T  # each [N]
+    shown = np.isfinite(boxes).all(axis=1) & (x1 <= x2) & (y1 <= y2)
+    shown &= (x1 < columns) & (y1 < rows) & (x2 > 0) & (y2 > 0)
+    if labels is not None:
+        shown &= labels >= 0
+    order = np.flatnonzero(shown)
+    if scores is not None:
+        order = order[np.argsort(-scores[order], kind="stable")]
+
+    scale = math.sqrt(rows * columns)
+    width = max(1, round(scale / 220)) if width is None else width
+    picture = Image.fromarray(image)
+    canvas = ImageDraw.Draw(picture)
+    outlines = {}
+    for i in order[::-1]:  # the best detection on top
+        left, top = max(math.floor(x1[i]) - width // 2, 0), max(math.floor(y1[i]) - width // 2, 0)
+        right = min(math.ceil(x2[i]) - 1 + width // 2, columns - 1)  # the last pixel that is covered
+        bottom = min(math.ceil(y2[i]) - 1 + width // 2, rows - 1)
+        outlines[i] = left, top, max(right, left), max(bottom, top)
+        canvas.rectangle(outlines[i], outline=NO_CLASS if labels is None else color(labels[i]), width=width)
+
+    font = _font(max(9, scale / 42))
+    taken = np.zeros((0, 4))  # tags so far, [T, 4]
+    for i in order:
+        words = [] if labels is None else [names[labels[i]] if labels[i] < len(names) else labels[i]]
+        words += [] if scores is None else [f"{scores[i]:.2f}"]
+        tag = _tag_size(canvas, font, words, columns, rows)
+        if tag is None:
+            continue
+        text, tag_width, tag_height = tag
+        place = _place(outlines[i], tag_width, tag_height, columns, rows, taken)
+        taken = np.concatenate([taken, [place]])
+        fill = NO_CLASS if labels is None else color(labels[i])
+        canvas.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=fill)
+        centre = (place[0] + place[2]) / 2, (place[1] + place[3]) / 2
+        canvas.text(centre, text, font=font, fill=_readable_on(fill), anchor="mm")
+    return np.asarray(picture).copy()
+
+
+def side_by_side(image, truth, detections, names, *, min_score=0.3):
+    """Ground truth left, detections right, captions above; large images are shrunk, tiny ones enlarged.
+
+    Args:
+        image: uint8 [H, W, 3].
+        truth: (boxes, labels), or None for a picture of the detections alone.
+        detections: (boxes, scores, labels).
+        names: K class names.
+        min_score: detections of lower score are not drawn.
+
+    Returns:
+        uint8 [panel height + caption, panels and gap, 3].
+    """
+    image = _checked(image)
+    longer = max(image.shape[:2])
+    factor = min(max(longer, PANEL_SIDES[0]), PANEL_SIDES[1]) / longer
+    rows, columns = (max(1, round(side * factor)) for side in image.shape[:2])
+    stretch = np.array([columns / image.shape[1], rows / image.shape[0]] * 2)
+    if factor != 1:
+        how = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS  # single pixels stay recognisable
+        image = np.asarray(Image.fromarray(image).resize((columns, rows), how))
+
+    boxes, scores, labels = (np.asarray(part) for part in detections)
+    kept = (labels.reshape(-1) >= 0) & (scores.reshape(-1) >= min_score)
+    boxes, scores, labels = boxes.reshape(-1, 4)[kept], scores.reshape(-1)[kept], labels.reshape(-1)[kept]
+    panels = [(f"detections: {len(boxes)} of score {min_score:g} or more", boxes, labels, scores)]
+    if truth is not None:
+        boxes, labels = np.asarray(truth[0]).reshape(-1, 4), np.asarray(truth[1]).reshape(-1)
+        panels.insert(0, (f"ground truth: {np.count_nonzero(labels >= 0)}", boxes, labels, None))
+
+    size = max(12, math.sqrt(rows * columns) / 36)
+    strip, gap = round(1.8 * size), round(0.7 * size)
+    sheet = Image.new("RGB", (len(panels) * (columns + gap) - gap, rows + strip), WHITE)
+    canvas = ImageDraw.Draw(sheet)
+    for n, (caption, boxes, labels, scores) in enumerate(panels):
+        left = n * (columns + gap)
+        font = _font(size)
+        font = _font(max(1, min(size, size * (columns - 4) / canvas.textlength(caption, font))))
+        canvas.text((left + 2, strip / 2), caption, font=font, fill=CAPTION, anchor="lm")
+        sheet.paste(Image.fromarray(draw_boxes(image, boxes * stretch, labels, names, scores)), (left, strip))
+    return np.asarray(sheet).copy()
+
+
+def grid(images, columns=None, cell=None):
+    """A contact sheet on white; every image is scaled to fit its cell and keeps its aspect.
+
+    Args:
+        images: a list of uint8 [H, W, 3] of any sizes, at least one.
+        columns: images per row; by default the sheet comes near 4:3.
+        cell: (height, width) of a cell in pixels; by default of the images' median width, at least 200 and at most 640,
+            and of their median aspect.
+
+    Returns:
+        uint8 [rows * (height + gap) + gap, columns * (width + gap) + gap, 3], the gap being 8 pixels.
+    """
+    images, gap = [_checked(image) for image in images], 8
+    if not images:
+        raise ValueError("A contact sheet needs at least one image, got none")
+    if cell is None:
+        width = round(np.clip(np.median([i.shape[1] for i in images]), 200, 640))
+        aspect = np.clip(np.median([i.shape[0] / i.shape[1] for i in images]), 0.25, 4)
+        cell = round(width * aspect), width
+    height, width = cell
+    if columns is None:
+        columns = min(len(images), max(1, round(math.sqrt(len(images) * 4 / 3 * height / width))))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), WHITE)
+    for n, image in enumerate(images):
+        factor = min(height / image.shape[0], width / image.shape[1])
+        size = max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor))
+        row, column = divmod(n, columns)
+        left = gap + column * (width + gap) + (width - size[0]) // 2
+        top = gap + row * (height + gap) + (height - size[1]) // 2
+        sheet.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (left, top))
+    return np.asarray(sheet).copy()
+
+
+def save(path, image):
+    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, making its folder."""
+    path = Path(path)
+    options = {".png": {}, ".jpg": {"quality": 92}, ".jpeg": {"quality": 92}}.get(path.suffix.lower())
+    if options is None:
+        raise ValueError(f"Expected a path that ends in .png, .jpg or .jpeg, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(_checked(image)).save(path, **options)
+
+
+def training_curves(rows, path):
+    """Plot a training log as PNG: losses and learning rate on log axes, and AP where it was measured.
+
+    Args:
+        rows: dicts of log.csv: step, loss, classification_loss, box_loss, learning_rate and optionally AP, as numbers
+            or text; values that are missing, empty, or not finite are left out.
+        path: of the picture.
+    """
+    steps = np.array([_number(row.get("step")) for row in rows], np.float64)  # [R]
+    order = np.argsort(steps, kind="stable")  # a resumed run may have logged a step twice
+    steps = steps[order]
+
+    def points(column):
+        values = np.array([_number(row.get(column)) for row in rows], np.float64)[order]
+        known = np.isfinite(values) & np.isfinite(steps)
+        return steps[known], values[known]
+
+    has_ap = points("AP")[0].size > 0
+    figure = Figure(figsize=(8, 7 if has_ap else 5.2), dpi=150, layout="constrained")
+    axes = figure.subplots(3 if has_ap else 2, 1, sharex=True, height_ratios=[3, 1.6, 1.1] if has_ap else [3, 1.1])
+    losses = (("classification_loss", "classification", 1), ("box_loss", "box", 0), ("loss", "total", None))
+    for column, name, place in losses:
+        x, y = points(column)
+        x, y = x[y > 0], y[y > 0]  # a log axis has no zero
+        paint = "#222222" if place is None else _hex(PALETTE[place])
+        many = len(x) > 100
+        axes[0].plot(x, y, color=paint, linewidth=0.8 if many else 1.6, alpha=0.25 if many else 1, **_marks(x))
+        if many:
+            axes[0].plot(x, _smooth(y, len(y) // 50), color=paint, linewidth=1.6)
+        if x.size:
+            axes[0].plot([], [], color=paint, linewidth=1.6, label=name)
+    axes[0].set(ylabel="loss", yscale="log")
+    if has_ap:
+        x, y = points("AP")
+        axes[1].plot(x, 100 * y, color=_hex(PALETTE[2]), linewidth=1.4, marker="o", markersize=4.5)
+        best = int(np.argmax(y))
+        axes[1].set_ylabel("AP (%)")
+        axes[1].set_title(f"best {100 * y[best]:.1f} at step {x[best]:,.0f}", loc="right", fontsize=9, color="#555555")
+        axes[1].margins(y=0.15)
+    x, y = points("learning_rate")
+    axes[-1].plot(x[y > 0], y[y > 0], color=_hex(PALETTE[5]), linewidth=1.6, **_marks(x[y > 0]))
+    axes[-1].set(ylabel="learning rate", yscale="log", xlabel="step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        if axis.get_yscale() == "log":
+            low, high = axis.get_ylim()
+            few = high / low < (100 if axis is axes[0] else 10)  # powers of ten alone would leave the axis bare
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        if not any(len(line.get_xdata()) for line in axis.lines):
+            axis.text(0.5, 0.5, "nothing logged yet", transform=axis.transAxes, ha="center", color="#888888")
+            axis.grid(False)
+            axis.tick_params(which="both", left=False, labelleft=False, bottom=False, labelbottom=False)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    figure.align_ylabels()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _checked(image):
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"Expected an image as uint8 [H, W, 3] (RGB, 0 to 255), got {image.dtype} {list(image.shape)}. "
+            "Convert it with image.clip(0, 255).astype('uint8')"
+        )
+    return image
+
+
+def _tag_size(canvas, font, words, columns, rows):
+    """(text, width, height) of a tag, shortened until it fits the image, or None where the image is too small."""
+    words = [" ".join(str(word).split()) for word in words]
+    shorter = [" ".join(words)]
+    if len(words) == 2:
+        name, score = words
+        shorter += [f"{name[:n]}… {score}" for n in range(len(name) - 1, 0, -1)] + [score]
+    elif words:
+        shorter += [words[0][:n] + "…" for n in range(len(words[0]) - 1, 0, -1)]
+    pad = max(1, round(font.size / 5))
+    ascent, descent = font.getmetrics()
+    height = ascent + descent + pad // 2
+    if height > rows / 6:  # tags would hide what they name
+        return None
+    for text in filter(None, shorter):
+        width = math.ceil(canvas.textlength(text, font)) + 2 * pad
+        if width <= columns:
+            return text, width, height
+    return None
+
+
+def _place(outline, width, height, columns, rows, taken):
+    """Where a tag goes, (x1, y1, x2, y2): at a corner of its box, inside the image, off the other tags if possible."""
+    left, top, right, bottom = outline
+    corners = [
+        (left, top - height),  # above
+        (right + 1 - width, top - height),
+        (left, bottom + 1),  # below
+        (right + 1 - width, bottom + 1),
+        (left, top),  # inside
+        (left, bottom + 1 - height),
+        (right + 1 - width, bottom + 1 - height),
+    ]
+    best, least = None, math.inf
+    for x, y in corners:
+        inside = min(max(x, 0), columns - width), min(max(y, 0), rows - height)
+        place = np.array([*inside, inside[0] + width, inside[1] + height])
+        overlap = np.maximum(np.minimum(place[2:], taken[:, 2:]) - np.maximum(place[:2], taken[:, :2]), 0)  # [T, 2]
+        hidden = overlap.prod(axis=1).sum()
+        if hidden < least:
+            best, least = place, hidden
+    return tuple(int(v) for v in best)
+
+
+def _font(size):
+    """matplotlib's own DejaVu Sans: Pillow's built-in font has no letters beyond ASCII."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+
+
+def _readable_on(rgb):
+    """Black or white, whichever has the higher contrast (WCAG's relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return BLACK if luminance > 0.179 else WHITE  # where both have the same contrast
+
+
+def _number(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _smooth(values, half):
+    """The mean over a window of 2 * half + 1 rows, shorter at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _marks(x):
+    return {"marker": "o", "markersize": 4} if len(x) < 2 else {}  # a line of one point shows nothing
+
+
+def _hex(rgb):
+    return "#{:02x}{:02x}{:02x}".format(*rgb)

@@ -1,0 +1,1 @@
+"""SavedModels that take images as they are, and detection with them."""

@@ -1,0 +1,82 @@
+"""§4, Anchors: which anchor answers for which box.
+
+One pass over the ground-truth boxes, with a state of one IoU, one index and one flag per anchor: the [B, N, A] matrix
+of all IoUs is never made.
+"""
+
+from keras import ops
+
+from retinanet_keras import boxes
+
+BACKGROUND = -1
+IGNORE = -2
+
+
+def assign(anchors, gt_boxes, gt_labels, *, positive_iou=0.5, negative_iou=0.4, low_quality="detectron"):
+    """Targets of every anchor.
+
+    An anchor takes the box of its highest IoU (the first, among equals): positive from `positive_iou`, background
+    under `negative_iou`, ignored between. `low_quality` says what happens to each box's best anchors, ties included:
+    "none", nothing; "detectron", they become positive, and those under `negative_iou` return to background; "all",
+    they become positive whatever their IoU above 0. An anchor forced this way takes the class and box of its own best
+    box, as in Detectron.
+
+    Args:
+        anchors: [A, 4], absolute pixels x1, y1, x2, y2.
+        gt_boxes: [B, N, 4], in the same pixels; N may be 0.
+        gt_labels: integers [B, N], 0..K-1, or -1 in rows that are padding.
+
+    Returns:
+        class_targets, int32 [B, A]: 0..K-1, BACKGROUND or IGNORE.
+        box_targets, float32 [B, A, 4]: deltas dx, dy, dw, dh to the box; 0 where the anchor is not positive.
+    """
+    if low_quality not in ("none", "detectron", "all"):
+        raise ValueError(f'low_quality: expected "none", "detectron" or "all", got {low_quality!r}')
+    anchors = ops.cast(ops.convert_to_tensor(anchors), "float32")
+    gt_boxes = ops.cast(ops.convert_to_tensor(gt_boxes), "float32")
+    gt_labels = ops.cast(ops.convert_to_tensor(gt_labels), "int32")
+    # A padding row at the end: images without boxes need no case of their own, and index N means "no box".
+    gt_boxes = ops.pad(gt_boxes, [[0, 0], [0, 1], [0, 0]])  # [B, N + 1, 4]
+    gt_labels = ops.pad(gt_labels, [[0, 0], [0, 1]], constant_values=-1)  # [B, N + 1]
+
+    best_iou, best_box, forced = _match(anchors, gt_boxes, gt_labels, low_quality != "none")
+    positive = best_iou >= positive_iou
+    if low_quality == "detectron":
+        positive = positive | (forced & (best_iou >= negative_iou))
+    elif low_quality == "all":
+        positive = positive | forced
+    label = ops.take_along_axis(gt_labels, best_box, axis=1)  # [B, A]
+    unmatched = ops.where(best_iou < negative_iou, BACKGROUND, IGNORE)
+    class_targets = ops.cast(ops.where(positive, label, unmatched), "int32")
+
+    matched = ops.take_along_axis(gt_boxes, best_box[..., None], axis=1)  # [B, A, 4]
+    matched = ops.where(positive[..., None], matched, anchors)  # the anchor itself has zero deltas
+    return class_targets, boxes.encode(anchors, matched)
+
+
+def _match(anchors, gt_boxes, gt_labels, want_forced):
+    """Each anchor's highest IoU [B, A], the box that has it [B, A], and whether it is some box's best [B, A]."""
+    batch, count = ops.shape(gt_labels)[0], ops.shape(gt_labels)[1]
+    valid = (gt_labels >= 0) & (boxes.area(gt_boxes) > 0)  # [B, N]
+    # Boxes are padded at the end, so the loop stops at the batch's last one.
+    last = ops.max(ops.where(ops.any(valid, axis=0), ops.arange(1, count + 1, dtype="int32"), 0))
+    shape = (batch, ops.shape(anchors)[0])
+
+    def body(j, best_iou, best_box, forced):
+        overlap = boxes.iou(ops.take(gt_boxes, j[None], axis=1), anchors[None])[:, 0]  # [B, A]
+        usable = ops.take(valid, j[None], axis=1)  # [B, 1]
+        overlap = ops.where(usable, overlap, 0.0)
+        better = overlap > best_iou
+        if want_forced:
+            highest = ops.max(overlap, axis=1, keepdims=True)  # [B, 1]
+            forced = forced | ((overlap == highest) & (highest > 0))
+        return j + 1, ops.where(better, overlap, best_iou), ops.where(better, j, best_box), forced
+
+    start = (
+        ops.zeros((), "int32"),
+        ops.zeros(shape, "float32"),
+        ops.full(shape, count - 1, "int32"),  # the padding row
+        ops.zeros(shape, "bool"),
+    )
+    _, best_iou, best_box, forced = ops.while_loop(lambda j, *_: j < last, body, start)
+    return best_iou, best_box, forced

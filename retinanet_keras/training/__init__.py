@@ -1,0 +1,1 @@
+"""Runs: from a configuration to a trained, evaluated and exported model in a folder."""

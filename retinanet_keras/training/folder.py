@@ -1,0 +1,168 @@
+"""A run's folder: what is where in it, its configuration and log, and its trained model."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from retinanet_keras import losses, optimizers
+from retinanet_keras.config import ConfigError, config_from_dict
+from retinanet_keras.data.coco import Categories
+from retinanet_keras.model import RetinaNet
+
+# What may change from one start of a run to the next without making it another run.
+FREE_TO_CHANGE = (
+    "data.dir", "eval.", "detection.", "train.iterations", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every", "train.jit_compile",
+)  # fmt: skip
+LOG_COLUMNS = (
+    "step", "loss", "classification_loss", "box_loss", "positives", "learning_rate", "images_per_second", "AP", "AP50",
+)  # fmt: skip
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why, what is safe, and what to do."""
+
+
+class RunFolder:
+    """The paths of a run, and what is read from and written to them."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.categories_file = self.path / "categories.json"
+        self.log_file = self.path / "log.csv"
+        self.curves_file = self.path / "curves.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.best_weights = self.checkpoints / "best.weights.h5"
+        self.best_file = self.checkpoints / "best.json"
+        self.export = self.path / "export"
+
+    def evaluation(self, split):
+        """The folder of a split's results."""
+        return self.path / "eval" / split
+
+    def start(self, config):
+        """Make the folder, or check that the run in it is this one, and write config.json.
+
+        Raises:
+            RunError: where the folder cannot be written, or holds a run of other settings, which it names.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.config_file.exists():
+                changes = self._changes(config)
+                if changes and any(self.checkpoints.iterdir()):
+                    raise RunError(
+                        f"{self.path} holds a run of other settings, which cannot be mixed with these: "
+                        f"{'; '.join(changes)}. Train into another folder with --workdir, or set these back"
+                    )
+            write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written ({error.strerror or error}). Choose another folder with --workdir"
+            ) from None
+
+    def _changes(self, config):
+        old, new = _flat(load_config_of(self).to_dict()), _flat(config.to_dict())
+        return [
+            f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new[key])}"
+            for key in new
+            if old.get(key) != new[key] and not key.startswith(FREE_TO_CHANGE)
+        ]
+
+    def log_rows(self):
+        """The rows of log.csv as dicts of numbers; empty cells are left out."""
+        if not self.log_file.exists():
+            return []
+        with open(self.log_file, newline="") as file:
+            return [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+
+    def cut_log(self, step):
+        """Drop the rows after `step`: a resumed run writes them again."""
+        rows = [row for row in self.log_rows() if row["step"] <= step]
+        lines = [",".join(LOG_COLUMNS)]
+        lines += [",".join(_cell(row, column) for column in LOG_COLUMNS) for row in rows]
+        write_atomically(self.log_file, "\n".join(lines) + "\n")
+
+    def log(self, row):
+        """Append one row, a dict of some of LOG_COLUMNS."""
+        with open(self.log_file, "a") as file:
+            file.write(",".join(_cell(row, column) for column in LOG_COLUMNS) + "\n")
+
+    def best(self):
+        """{"step", "AP"} of the best evaluation so far, or None."""
+        return json.loads(self.best_file.read_text()) if self.best_file.exists() else None
+
+    def keep_best(self, model, step, ap):
+        """Save the weights where they are the best so far. A kill between the two writes costs one evaluation."""
+        best = self.best()
+        if best is None or ap > best["AP"]:
+            partial = self.checkpoints / "partial.weights.h5"
+            model.save_weights(partial)
+            os.replace(partial, self.best_weights)
+            write_atomically(self.best_file, json.dumps({"step": step, "AP": ap}) + "\n")
+
+    def categories(self):
+        """The Categories the run was trained on."""
+        return Categories.from_list(json.loads(self.categories_file.read_text()))
+
+
+def build_model(config, categories, weights=None):
+    """The compiled RetinaNet of a configuration.
+
+    Args:
+        config: a Config.
+        categories: Categories.
+        weights: overrides `model.weights`; pass None where all weights will be loaded anyway.
+    """
+    model = config.model
+    net = RetinaNet(
+        len(categories), model.backbone, weights=weights, anchors=config.anchors, targets=config.targets,
+        detection=config.detection, fpn_channels=model.fpn_channels, head_depth=model.head_depth, prior=model.prior,
+        norm=model.norm, width=model.width, freeze_at=model.freeze_at, categories=categories.to_list(),
+    )  # fmt: skip
+    net.compile(
+        optimizers.build(config.train), losses.FocalLoss(config.loss.alpha, config.loss.gamma),
+        losses.SmoothL1Loss(config.loss.box_beta), box_weight=config.loss.box_weight,
+        normalizer=config.loss.normalizer, jit_compile=config.train.jit_compile,
+    )  # fmt: skip
+    return net
+
+
+def load_config_of(folder):
+    """The Config in a run's folder.
+
+    Raises:
+        RunError: where there is no run, or its config.json cannot be read.
+    """
+    if not folder.config_file.exists():
+        raise RunError(
+            f"There is no run in {folder.path}: it has no config.json. Train one first: "
+            f"python train.py --config CONFIG.json --workdir {folder.path}"
+        )
+    try:
+        return config_from_dict(json.loads(folder.config_file.read_text()))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise RunError(f"{folder.config_file} cannot be read: {error}") from None
+
+
+def write_atomically(path, text):
+    """Write a file so that there is either the old or the new one, whatever happens."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _flat(tree, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _cell(row, column):
+    value = row.get(column)
+    return "" if value is None else f"{value:.0f}" if column == "step" else f"{value:.6g}"
