@@ -301,7 +301,7 @@ def _apply(tree, override):
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    if kind is str:  # a folder may be called 2017
+    if kind is str and not isinstance(value, str):  # a folder may be called 2017
         value = text
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -341,9 +341,10 @@ def _nearest(key):
     """A hint naming the valid key that looks most like this one, wherever its section is."""
     keys = [row[0] for row in describe()]
     sections = sorted({k.rsplit(".", 1)[0] for k in keys})
-    near = difflib.get_close_matches(key, keys + sections, 1, 0.5)
-    if not near:  # the right name in another section
-        leaf = key.rsplit(".", 1)[-1]
+    leaf = key.rsplit(".", 1)[-1]
+    elsewhere = [k for k in keys + sections if k.rsplit(".", 1)[-1] == leaf]  # the right name in another section
+    near = difflib.get_close_matches(key, elsewhere, 1, 0.0) or difflib.get_close_matches(key, keys + sections, 1, 0.5)
+    if not near:
         by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
         near = [by_leaf[n] for n in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
     return (

@@ -1,0 +1,156 @@
+"""The SavedModel finds what the run's own path finds, in a process that knows nothing of this package."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from retinanet_keras import RetinaNet
+from retinanet_keras.config import config_from_dict
+from retinanet_keras.data import pipeline
+from retinanet_keras.serving import detector, export
+
+CONFIG = config_from_dict({"data": {"short_side": 96, "max_side": 128}})
+CATEGORIES = [{"label": 0, "id": 7, "name": "cat"}, {"label": 1, "id": 3, "name": "dog"}]
+SIZES = [(120, 160), (160, 120), (75, 200), (64, 64)]  # height, width
+
+
+@pytest.fixture(scope="module")
+def model():
+    net = RetinaNet(2, "resnet18", width=8, fpn_channels=16, head_depth=1, prior=0.3, categories=CATEGORIES)
+    rng = np.random.default_rng(0)
+    for subnet in (net.class_subnet, net.box_subnet):  # from the initial sigma .01 all scores would be equal
+        kernel = subnet.final.kernel
+        kernel.assign(rng.normal(0, 0.2, kernel.shape))
+    return net
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    return export.export_model(model, CONFIG, tmp_path_factory.mktemp("export"))
+
+
+def picture(size, seed=0):
+    rng = np.random.default_rng([seed, *size])
+    return np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), "uint8")).resize(size[::-1], Image.BICUBIC))
+
+
+def own_path(model, image):
+    """Resize, detect and scale back with the functions that evaluation uses."""
+    canvas, size, scale = pipeline.fit(image[None], CONFIG.data.short_side, CONFIG.data.max_side)
+    found = model.detect(canvas, size[None])
+    boxes = pipeline.to_original(found["boxes"], scale, image.shape[:2])
+    return {**{name: np.asarray(value)[0] for name, value in found.items()}, "boxes": boxes[0].numpy()}
+
+
+def assert_same(found, expected):
+    n = int(expected["count"])
+    assert n > 5  # else the comparison would be of nothing
+    assert int(found["num_detections"]) == n
+    np.testing.assert_allclose(found["scores"][:n], expected["scores"][:n], atol=1e-5)
+    np.testing.assert_allclose(found["boxes"][:n], expected["boxes"][:n], atol=0.05)
+    np.testing.assert_array_equal(found["labels"][:n], expected["labels"][:n])
+
+
+def first(outputs):
+    return {name: np.asarray(value)[0] for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_signature_equals_the_runs_own_path(model, saved, size):
+    detect, categories = detector.of_export(saved)
+    image = picture(size)
+    found = first(detect(image[None]))
+    assert_same(found, own_path(model, image))
+    n = found["num_detections"]
+    np.testing.assert_array_equal(found["category_ids"][:n], np.array([7, 3])[found["labels"][:n]])
+    assert [name.decode() for name in found["names"][:n]] == [categories.names[label] for label in found["labels"][:n]]
+    assert (found["boxes"][:n] >= 0).all() and (found["boxes"][:n] <= [*size[::-1]] * 2).all()
+
+
+def test_a_batch_of_images_equals_its_images(model, saved):
+    detect, _ = detector.of_export(saved)
+    images = np.stack([picture(SIZES[0], seed) for seed in range(3)])
+    found = detect(images)
+    for i, image in enumerate(images):
+        assert_same({name: value[i] for name, value in found.items()}, own_path(model, image))
+
+
+def test_bytes_of_mixed_sizes_and_formats_in_one_batch(model, saved):
+    encoded, pictures = [], [picture(size) for size in SIZES]
+    for image, kind in zip(pictures, ("PNG", "BMP", "PNG", "WEBP"), strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, kind, lossless=True)
+        encoded.append(buffer.getvalue())
+    found = tf.saved_model.load(str(saved)).signatures["serving_bytes"](image_bytes=tf.constant(encoded))
+    for i, image in enumerate(pictures):
+        assert_same({name: value.numpy()[i] for name, value in found.items()}, own_path(model, image))
+
+
+def test_rows_past_the_count_are_empty():
+    """An untrained model is sure of nothing."""
+    net = RetinaNet(2, "resnet18", width=8, fpn_channels=16, head_depth=1, categories=CATEGORIES)
+    found = export.signatures(net, CONFIG.data)[0](tf.constant(picture(SIZES[0])[None]))
+    assert found["num_detections"].numpy() == [0]
+    assert not found["boxes"].numpy().any() and not found["scores"].numpy().any()
+    assert set(found["labels"].numpy()[0]) == set(found["category_ids"].numpy()[0]) == {-1}
+    assert set(found["names"].numpy()[0]) == {b""}
+
+
+SESSION = """
+import sys, numpy as np, tensorflow as tf
+graph = tf.Graph()
+with graph.as_default(), tf.compat.v1.Session(graph=graph) as session:
+    meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1])
+    data = np.load(sys.argv[2])
+    out = {}
+    for key, name, value in [("images", "serving_default", data["image"][None]),
+                             ("image_bytes", "serving_bytes", np.array([data["png"].tobytes()] * 2, object))]:
+        signature = meta.signature_def[name]
+        outputs = {k: v.name for k, v in signature.outputs.items()}
+        result = session.run(outputs, {signature.inputs[key].name: value})
+        out.update({f"{name}_{k}": v[0] for k, v in result.items() if k != "names"})
+assert not any(m.split(".")[0] in ("keras", "retinanet_keras") for m in sys.modules), "imports more than tensorflow"
+np.savez(sys.argv[3], **out)
+"""
+
+
+def test_session_loader_in_a_process_with_tensorflow_alone(model, saved, tmp_path):
+    """TF Serving's way of loading; it fails where variables hang on Keras objects."""
+    image = picture(SIZES[1])
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    np.savez(tmp_path / "in.npz", image=image, png=np.frombuffer(buffer.getvalue(), "uint8"))
+    command = [sys.executable, "-c", SESSION, str(saved), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = np.load(tmp_path / "out.npz")
+    for name in ("serving_default", "serving_bytes"):
+        found = {key.removeprefix(f"{name}_"): out[key] for key in out if key.startswith(name)}
+        assert_same(found, own_path(model, image))
+
+
+def test_bad_bytes_are_an_invalid_argument(saved):
+    signature = tf.saved_model.load(str(saved)).signatures["serving_bytes"]
+    for bad in (b"", b"not an image", b"\xff\xd8\xff\xe0 cut"):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            signature(image_bytes=tf.constant([bad]))
+
+
+def test_versions_count_up_and_a_given_one_is_replaced(model, saved, tmp_path):
+    assert saved.name == "1" and export.find(saved.parent) == saved and export.find(saved) == saved
+    assert json.loads((saved / export.CATEGORIES_FILE).read_text()) == CATEGORIES
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "saved_model.pb").touch()
+    assert export.versions(tmp_path) == [3]
+    assert export.find(tmp_path / "nowhere") is None
+
+
+def test_the_weights_are_stored_once(model, saved):
+    stored = sum(f.stat().st_size for f in (saved / "variables").iterdir())
+    assert stored < 1.2 * 4 * model.count_params() + 20_000

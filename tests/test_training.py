@@ -1,0 +1,213 @@
+"""A whole run in miniature: what it leaves behind, how it goes on after a kill, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from retinanet_keras.config import config_from_dict
+from retinanet_keras.data.coco import DataError
+from retinanet_keras.results.evaluation import METRICS
+from retinanet_keras.serving import detector
+from retinanet_keras.training import callbacks, run
+from retinanet_keras.training.checkpoints import Checkpoints, load_run
+from retinanet_keras.training.folder import RunError, RunFolder
+
+TINY = {
+    "data": {
+        "source": "shapes", "short_side": 64, "max_side": 64, "keep_empty": True, "scale_jitter": [0.8, 1.2],
+        "shapes": {"train_images": 10, "val_images": 3, "test_images": 2, "side": 96},
+    },
+    "model": {"backbone": "resnet18", "weights": None, "width": 8, "norm": "batch", "freeze_at": 0,
+              "fpn_channels": 16, "head_depth": 1},
+    "anchors": {"size": 2.0},
+    "train": {"iterations": 6, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "cosine",
+              "warmup": 2, "checkpoint_every": 2, "log_every": 2},
+    "eval": {"every": 3, "pictures": 2, "keep": "best", "batch_size": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data") / "shapes")
+
+
+def config(data_dir, **sections):
+    tree = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
+    tree["data"]["dir"] = data_dir
+    return config_from_dict(tree)
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run from start to end: (folder, metrics)."""
+    folder = RunFolder(tmp_path_factory.mktemp("run") / "whole")
+    return folder, run.train(config(data_dir), folder.path)
+
+
+def weights_and_slots(folder):
+    """All that training goes on from, as NumPy."""
+    settings, model = load_run(folder.path, config_from_dict(json.loads(folder.config_file.read_text())))
+    Checkpoints(model, folder, 3).restore()
+    return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    folder, metrics = finished
+    assert config_from_dict(json.loads(folder.config_file.read_text())).train.iterations == 6
+    assert set(METRICS) < set(metrics) and set(metrics["per_class"]) == set(folder.categories().names)
+    assert json.loads((folder.evaluation("val") / "metrics.json").read_text()) == metrics
+    assert isinstance(json.loads((folder.evaluation("val") / "results.json").read_text()), list)
+    assert len(list((folder.evaluation("val") / "pictures").glob("*.jpg"))) == 2
+    assert (folder.evaluation("val") / "pictures/grid.png").stat().st_size > 1000
+    assert folder.curves_file.exists() and list(folder.tensorboard.iterdir())
+    assert (folder.export / "1/saved_model.pb").exists()
+    rows = folder.log_rows()
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6]
+    assert [row["step"] for row in rows if "AP" in row] == [3, 6]
+    assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows if "loss" in row)
+    assert {p.name for p in folder.checkpoints.glob("step-*.index")} == {"step-3.index", "step-4.index", "step-6.index"}
+
+
+def test_the_export_of_a_run_finds_what_the_run_finds(finished):
+    folder, _ = finished
+    settings, model = load_run(folder.path)
+    export, categories = detector.of_export(folder.export / "1")
+    own = detector.of_model(model, settings.data)
+    assert categories == folder.categories()
+    image = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), "uint8")
+    for name, value in own(image).items():
+        if name != "names":
+            np.testing.assert_allclose(export(image)[name], value, atol=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(data_dir, finished, tmp_path, monkeypatch, capsys):
+    folder = RunFolder(tmp_path / "killed")
+    seen = callbacks.Log.on_train_batch_end
+
+    def kill_at_five(self, batch, logs=None):
+        if self.model.optimizer.iterations == 5:  # a step after the checkpoint of step 4
+            raise MemoryError("killed")
+        seen(self, batch, logs)
+
+    monkeypatch.setattr(callbacks.Log, "on_train_batch_end", kill_at_five)
+    with pytest.raises(MemoryError):
+        run.train(config(data_dir), folder.path)
+    monkeypatch.undo()
+    with open(folder.log_file, "a") as file:
+        file.write("5,9,9,9,9,9,9,,\n")  # a row of the step that was lost
+    run.train(config(data_dir), folder.path)
+    assert "Going on from step 4 of 6" in capsys.readouterr().out
+    for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [row["step"] for row in folder.log_rows() if "loss" in row] == [2, 4, 6]
+
+
+def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(data_dir, finished, tmp_path):
+    folder = RunFolder(tmp_path / "longer")
+    shutil.copytree(finished[0].path, folder.path)
+    before = weights_and_slots(folder)
+    run.train(config(data_dir), folder.path)
+    for ours, theirs in zip(weights_and_slots(folder), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    run.train(config(data_dir, train={"iterations": 7}), folder.path)
+    assert folder.log_rows()[-1]["step"] == 7
+
+
+def test_a_run_of_other_settings_is_not_mixed_in(data_dir, finished):
+    before = finished[0].config_file.read_text()
+    with pytest.raises(RunError, match=r"train.learning_rate was 0.001, now 0.1"):
+        run.train(config(data_dir, train={"learning_rate": 0.1}), finished[0].path)
+    assert finished[0].config_file.read_text() == before
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(data_dir, tmp_path):
+    folder = RunFolder(tmp_path / "diverging")
+    wild = config(data_dir, train={"optimizer": "sgd", "learning_rate": 1e20, "warmup": 0, "checkpoint_every": 1})
+    with pytest.raises(RunError) as stop:
+        run.train(wild, folder.path)
+    message = str(stop.value)
+    assert "not finite" in message and "step" in message
+    manager = tf.train.latest_checkpoint(folder.checkpoints)
+    if manager:
+        assert manager in message
+        reader = tf.train.load_checkpoint(manager)
+        values = [reader.get_tensor(name) for name in reader.get_variable_to_shape_map() if "VALUE" in name]
+        assert all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")
+
+
+def test_the_guard_names_the_step_and_its_images(finished):
+    _, model = load_run(finished[0].path)
+    model.optimizer.iterations.assign(12)
+    guard = callbacks.Guard(lambda step: {11: [501, 502]}[step], lambda: "ckpt-10")
+    guard.set_model(model)
+    guard.on_train_batch_end(0, {"classification_loss": 1.0, "box_loss": 0.0})
+    with pytest.raises(RunError, match=r"step 12 .*ids 501, 502.* ckpt-10"):
+        guard.on_train_batch_end(0, {"classification_loss": float("nan"), "box_loss": 0.1})
+
+
+def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(data_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(data_dir, broken)
+    victim = sorted((broken / "images").glob("train_*"))[3]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    folder = RunFolder(tmp_path / "run")
+    settings = config(str(broken), train={"checkpoint_every": 1})
+    with pytest.raises((RunError, DataError), match=victim.name):
+        run.train(settings, folder.path)
+    victim.write_bytes(whole)
+    run.train(settings, folder.path)
+    assert folder.log_rows()[-1]["step"] == 6
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(data_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="Choose another folder"):
+        run.train(config(data_dir), tmp_path / "file" / "run")
+
+
+def test_a_failing_disk_leaves_the_checkpoint_before(data_dir, finished, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "full")
+    shutil.copytree(finished[0].path, folder.path)
+    _, model = load_run(folder.path)
+    checkpoints = Checkpoints(model, folder, 3)
+    checkpoints.restore()
+    model.optimizer.iterations.assign(7)
+
+    def no_space(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.manager, "save", no_space)
+    with pytest.raises(RunError, match=r"step 7 could not be written \(No space left.*step-6"):
+        checkpoints.save()
+    assert Checkpoints(model, folder, 3).restore() == 6
+
+
+def test_weights_that_are_not_finite_are_not_saved(finished, tmp_path):
+    folder = RunFolder(tmp_path / "nan")
+    shutil.copytree(finished[0].path, folder.path)
+    _, model = load_run(folder.path)
+    model.trainable_variables[0].assign(model.trainable_variables[0] * np.nan)
+    model.optimizer.iterations.assign(8)
+    with pytest.raises(RunError, match="At step 8 .*not finite"):
+        Checkpoints(model, folder, 3).save()
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    folder = RunFolder(tmp_path / "damaged")
+    shutil.copytree(finished[0].path, folder.path)
+    for part in folder.checkpoints.glob("step-6.*"):
+        part.write_bytes(part.read_bytes()[:100])
+    settings = dataclasses.replace(load_run(folder.path)[0].eval, keep="last")
+    whole = dataclasses.replace(load_run(folder.path)[0], eval=settings)
+    with pytest.raises(RunError, match="step-6 cannot be read"):
+        load_run(folder.path, whole)
+
+
+def test_there_is_no_run_in_an_empty_folder(tmp_path):
+    with pytest.raises(RunError, match="There is no run .* python train.py"):
+        load_run(tmp_path)
