@@ -173,7 +173,7 @@ class RetinaNet(keras.Model):
             return super().train_step(*args)
         import tensorflow as tf
 
-        images, truth = args[0]
+        images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])  # `train_on_batch` gives three
         if self._gradients is None:
             jit = bool(tf.config.list_physical_devices("GPU")) if self.jit_step == "auto" else self.jit_step
             self._gradients = tf.function(self._sums_and_gradients, jit_compile=jit, reduce_retracing=True)

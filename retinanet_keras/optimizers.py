@@ -23,7 +23,8 @@ class SGD(keras.optimizers.SGD):
         self.bias_rate = bias_rate
 
     def update_step(self, gradient, variable, learning_rate):
-        kind = variable.path.rsplit("/", 1)[-1]
+        # On TensorFlow `variable` is one without a path; the optimizer's own list has Keras's variables.
+        kind = self._trainable_variables[self._get_variable_index(variable)].path.rsplit("/", 1)[-1]
         if kind == "kernel":
             gradient = gradient + ops.cast(self.l2, gradient.dtype) * ops.cast(variable, gradient.dtype)
         elif kind == "bias":
@@ -32,6 +33,15 @@ class SGD(keras.optimizers.SGD):
 
     def get_config(self):
         return {**super().get_config(), "l2": self.l2, "bias_rate": self.bias_rate}
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class AdamW(keras.optimizers.AdamW):
+    """AdamW that decays kernels only. A class, as Keras does not save exclusions with a model."""
+
+    def __init__(self, learning_rate=0.001, weight_decay=0.004, name="AdamW", **kwargs):
+        super().__init__(learning_rate, weight_decay=weight_decay, name=name, **kwargs)
+        self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")
@@ -57,7 +67,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         else:
             passed = sum(ops.cast(step >= drop, "float32") for drop in self.drops)
             rate = self.rate * ops.power(0.1, passed)
-        return rate * ops.minimum(1.0, 1.0 / 3.0 + 2.0 / 3.0 * step / max(1, self.warmup))
+        if not self.warmup:
+            return rate
+        return rate * ops.minimum(1.0, 1.0 / 3.0 + 2.0 / 3.0 * step / self.warmup)
 
     def get_config(self):
         return {"rate": self.rate, "iterations": self.iterations, "warmup": self.warmup, "drops": self.drops}
@@ -68,9 +80,7 @@ def build(train):
     drops = None if train.schedule == "cosine" else train.drops
     schedule = Schedule(train.learning_rate, train.iterations, train.warmup, drops)
     if train.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm)
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-        return optimizer
+        return AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm)
     return SGD(
         schedule, momentum=train.momentum, l2=train.weight_decay, bias_rate=train.bias_rate,
         global_clipnorm=train.clip_norm,

@@ -191,7 +191,8 @@ def test_boxes_cropped_away_become_padding():
         assert (labels[:n] >= 0).all() and (labels[n:] == -1).all() and not found[n:].any()
         assert (found >= 0).all() and (found <= [96, 64, 96, 64]).all()
         share = (found[:n, 2] - found[:n, 0]) * (found[:n, 3] - found[:n, 1]) / (30 * 30)
-        assert (share >= pipeline.MIN_VISIBLE - 1e-3).all()
+        # Cropping whole pixels, some 21 by 32 here, changes the scale of 3 by up to a twentieth on an axis.
+        assert (share >= 0.9 * pipeline.MIN_VISIBLE).all()
     assert 0 < min(kept) and max(kept) < len(boxes)
 
 

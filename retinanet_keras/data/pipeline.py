@@ -231,26 +231,31 @@ def augment(image, truth, canvas, config, seed):
 def _zoom(image, boxes, labels, canvas, config, draw):
     """Resize by a random factor and stretch, then crop, or place on mean colour, at random; draw: uniform [4]."""
     height_width = tf.cast(tf.shape(image)[:2], tf.float32)
+    room = tf.cast(canvas, tf.float32)
     _, base = resized(height_width, config.short_side, config.max_side)
     low, high = config.scale_jitter
     zoom = tf.exp(tf.math.log(low) + draw[0] * (tf.math.log(high) - tf.math.log(low)))
     stretch = tf.exp((draw[1] - 0.5) * tf.math.log(config.aspect_jitter))  # its square is the change of h / w
-    scale = base * zoom * tf.stack([stretch, 1.0 / stretch])  # [2], y before x
-    offset = draw[2:4] * (tf.cast(canvas, tf.float32) - height_width * scale)  # negative where it is cropped
+    scale = base * zoom * tf.stack([stretch, 1.0 / stretch])  # [2], y before x, as in all below
+    offset = draw[2:4] * (room - height_width * scale)  # negative where it is cropped
 
+    # Crop whole pixels first: only what will be seen is resized. The scale and offset that result are exact.
+    first = tf.floor(tf.maximum(0.0, -offset / scale))
+    last = tf.minimum(height_width, tf.math.ceil((room - offset) / scale))
+    target = tf.clip_by_value(tf.round((last - first) * scale), 1.0, room)
+    place = tf.clip_by_value(tf.round(offset), 0.0, room - target)
+    (y1, x1), (y2, x2) = tf.unstack(tf.cast(first, tf.int32)), tf.unstack(tf.cast(last, tf.int32))
+    pixels = tf.round(tf.image.resize(image[y1:y2, x1:x2], tf.cast(target, tf.int32)))
     color = tf.constant(PAD_COLOR, tf.float32)
-    # From output to input pixels; whole numbers are pixel centres in the kernel's coordinates.
-    step, shift = 1.0 / scale, (0.5 - offset) / scale - 0.5
-    transform = tf.stack([step[1], 0.0, shift[1], 0.0, step[0], shift[0], 0.0, 0.0])
-    pixels = tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.cast(image[None], tf.float32) - color, transforms=transform[None], output_shape=canvas,
-        fill_value=0.0, interpolation="BILINEAR", fill_mode="CONSTANT",
-    )[0]  # fmt: skip
-    pixels = tf.saturate_cast(tf.round(pixels + color), tf.uint8)
+    around = tf.cast(tf.stack([place, room - target - place], axis=1), tf.int32)  # [2, 2]
+    pixels = tf.pad(pixels - color, tf.concat([around, tf.zeros((1, 2), tf.int32)], 0))
+    pixels = tf.saturate_cast(pixels + color, tf.uint8)
+    scale = target / (last - first)
+    offset = place - first * scale
 
     xyxy = tf.constant([1, 0, 1, 0])
     whole = boxes * tf.gather(scale, xyxy) + tf.gather(offset, xyxy)  # [N, 4]
-    inside = tf.clip_by_value(whole, 0.0, tf.cast(tf.gather(canvas, xyxy), tf.float32))
+    inside = tf.clip_by_value(whole, 0.0, tf.gather(room, xyxy))
     visible = _area(inside) >= MIN_VISIBLE * _area(whole)
     labels = tf.where(visible, labels, -1)
     # `assign` expects padding last.
@@ -262,14 +267,13 @@ def _zoom(image, boxes, labels, canvas, config, draw):
 def _flip(pixels, boxes, labels, size, horizontal, vertical):
     """Mirror the image within its own size; the padding stays right and bottom."""
     height, width = size[0], size[1]
-    content = pixels[:height, :width]
-    content = tf.cond(horizontal, lambda: content[:, ::-1], lambda: content)
-    content = tf.cond(vertical, lambda: content[::-1], lambda: content)
+    axes = tf.reshape(tf.where(tf.stack([vertical, horizontal])), [-1])  # none, one or both
+    content = tf.reverse(pixels[:height, :width], axes)
     pixels = tf.concat([tf.concat([content, pixels[:height, width:]], 1), pixels[height:]], 0)
-    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     height, width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    x1, x2 = tf.cond(horizontal, lambda: (width - x2, width - x1), lambda: (x1, x2))
-    y1, y2 = tf.cond(vertical, lambda: (height - y2, height - y1), lambda: (y1, y2))
+    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
+    x1, x2 = tf.where(horizontal, width - x2, x1), tf.where(horizontal, width - x1, x2)
+    y1, y2 = tf.where(vertical, height - y2, y1), tf.where(vertical, height - y1, y2)
     return pixels, tf.where(labels[:, None] >= 0, tf.stack([x1, y1, x2, y2], -1), 0.0)
 
 

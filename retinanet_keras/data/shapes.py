@@ -141,9 +141,9 @@ def render(seed, split, index, side):
         if kinds[i] in NAMES:
             boxes, covered = np.concatenate([boxes, box[None]]), np.append(covered, 0.0)
             labels.append(NAMES.index(kinds[i]))
-    contrast, grain = rng.uniform(0.8, 1.1), rng.uniform(0, 8)
+    contrast, grain = rng.uniform(0.8, 1.1), rng.uniform(0, 24)
     pixels *= contrast
-    pixels += rng.standard_normal([height, width, 1], np.float32) * grain + 128 * (1 - contrast)
+    pixels += (rng.random([height, width, 1], np.float32) - 0.5) * grain + 128 * (1 - contrast)
     return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8), boxes, np.array(labels, np.int64)
 
 
@@ -294,10 +294,10 @@ def _background(rng, height, width):
     image = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     image = image.resize((2 * width, 2 * height), Image.Resampling.NEAREST)  # lines are drawn on four samples a pixel
     pen = ImageDraw.Draw(image)
+    t = np.linspace(0, 1, 16)[:, None]
     for _ in range(rng.integers(6, 22)):
-        t = np.linspace(0, 1, 16)[:, None]
         a, b, c = rng.uniform(-0.1, 1.1, [3, 2]) * [2 * width, 2 * height]
         curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c if rng.random() < 0.6 else np.stack([a, b])
         color = tuple(int(v * 255) for v in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.6), rng.random()))
-        pen.line([tuple(p) for p in curve.tolist()], fill=color, width=int(rng.integers(1, 6)), joint="curve")
+        pen.line([tuple(p) for p in curve.tolist()], fill=color, width=int(rng.integers(1, 6)))
     return np.asarray(image.reduce(2), np.float32).copy()

@@ -1,0 +1,144 @@
+"""One direction: a module imports only from modules above its own in this table, wherever in its file the import is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "retinanet_keras"
+
+# Modules of one row do not import each other.
+TABLE = (
+    ("config",),
+    ("boxes",),
+    ("nms",),
+    ("losses",),
+    ("anchors", "targets", "detections"),
+    ("backbone", "pyramid", "subnets"),
+    ("optimizers",),
+    ("model",),
+    ("data.rules",),
+    ("data.coco",),
+    ("data.shapes",),
+    ("data.sources",),
+    ("data.pipeline",),
+    ("data.inspection",),
+    ("results.draw",),
+    ("results.evaluation",),
+    ("serving.export",),
+    ("serving.detector",),
+    ("training.folder",),
+    ("training.checkpoints",),
+    ("training.callbacks",),
+    ("training.evaluator",),
+    ("training.run",),
+    ("commands",),
+    ("__main__",),
+)
+ROW = {name: number for number, names in enumerate(TABLE) for name in names}
+MATHS = ("boxes", "nms", "losses", "anchors", "targets", "detections")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"}
+
+
+def imports(path, top_level=False):
+    """(absolute dotted name, line) of everything a file imports; `top_level`: outside of functions only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if top_level and id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the import with its full name"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def own_imports(path):
+    """(module of this package, line); a name that is no module stands for the module that has it."""
+    for dotted, line in imports(path):
+        first, *rest = dotted.split(".")
+        if first == "retinanet_keras":
+            while rest and ".".join(rest) not in MODULES:
+                rest = rest[:-1]
+            yield ".".join(rest), line
+
+
+def violations(name, path):
+    """What in a module's imports is against the table, one line each."""
+    found = []
+    for other, line in own_imports(path):
+        if not other:
+            found.append(f"{path}:{line}: imports the package itself; import the module that has the name")
+        elif other not in ROW:
+            found.append(f"{path}:{line}: imports {other}, which is not in the table")
+        elif ROW[other] >= ROW[name]:
+            found.append(f"{path}:{line}: {name} (row {ROW[name]}) imports {other} (row {ROW[other]}), not above it")
+    return found
+
+
+def test_every_module_is_in_the_table():
+    new = sorted(set(MODULES) - set(ROW))
+    assert not new, f"add {', '.join(new)} to TABLE in {Path(__file__).name}, below all that they import"
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) & set(ROW)))
+def test_imports_come_from_above(name):
+    assert not violations(name, MODULES[name])
+
+
+def test_packages_import_nothing_of_their_own():
+    for path in PACKAGE.rglob("__init__.py"):
+        assert not list(own_imports(path)), path
+
+
+@pytest.mark.parametrize("name", [*MATHS, "config", "data.rules", "data.coco"])
+def test_tensorflow_stays_out_of(name):
+    found = {dotted.split(".")[0] for dotted, _ in imports(MODULES[name], top_level=True)}
+    assert "tensorflow" not in found, "import it inside the function that needs it"
+    if name not in MATHS:
+        assert "keras" not in found
+
+
+def test_a_configuration_is_read_without_keras():
+    code = "import sys; from retinanet_keras import load_config; print(*[m for m in ('keras', 'tensorflow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
+def test_scripts_are_thin(name):
+    path = ROOT / name
+    assert {other for other, _ in own_imports(path)} == {"commands"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_the_check_itself_sees_every_way_to_import(tmp_path):
+    """Each line is against the table for `boxes`, but the last."""
+    path = tmp_path / "boxes.py"
+    for code in (
+        "from retinanet_keras import nms",
+        "from retinanet_keras.nms import per_class",
+        "import retinanet_keras.nms",
+        "def f():\n    from retinanet_keras.data import coco",
+        "from retinanet_keras import RetinaNet",
+        "from retinanet_keras.boxes import iou",
+    ):
+        path.write_text(code)
+        assert len(violations("boxes", path)) == 1, code
+    path.write_text("import tensorflow\nfrom retinanet_keras.config import AnchorConfig")
+    assert violations("boxes", path) == []
