@@ -2,7 +2,7 @@
 
 import argparse
 
-from retinanet_keras import commands
+from retinanet_keras.cli import import_tensorflow, run_command
 
 
 def main():
@@ -10,14 +10,19 @@ def main():
     parser.add_argument("--config", default="configs/r101_800.json", help="default: configs/r101_800.json")
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the configuration's name")
     parser.add_argument("--split", help="default: the configuration's test split")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="such as data.dir=my_data")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", help="such as data.dir=my_data"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--weights", metavar="FILE", help="a .keras or .weights.h5 file in place of the run's weights")
     what.add_argument("--export", metavar="DIR", help="an exported SavedModel in place of the run's weights")
     what.add_argument("--results", metavar="FILE", help="detections in COCO's results format; needs no run")
     args = parser.parse_args()
+    import_tensorflow()
+    from retinanet_keras import commands
+
     commands.evaluate(args.config, args.workdir, args.split, args.set, args.weights, args.export, args.results)
 
 
 if __name__ == "__main__":
-    commands.run_command(main)
+    run_command(main)

@@ -1,39 +1,67 @@
 """Commands beside training and evaluation: `python -m retinanet_keras VERB`."""
 
 import argparse
-import sys
 
-from retinanet_keras import commands
+from retinanet_keras import cli, config
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m retinanet_keras", description=__doc__.split(":")[0] + ".")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     verb = verbs.add_parser("export", help="write a run's model as a SavedModel for TF Serving")
     verb.add_argument("--workdir", required=True, help="folder of the run")
     verb.add_argument("--to", required=True, help="base path; a numbered folder is made in it")
-    verb.set_defaults(call=lambda a: commands.export(a.workdir, a.to))
+    verb.set_defaults(call=export)
 
     verb = verbs.add_parser("detect", help="find objects in image files and folders")
     verb.add_argument("--model", required=True, help="folder of a run or of an export")
     verb.add_argument("images", nargs="+", help="image files and folders")
     verb.add_argument("--to", required=True, help="folder for the pictures")
     verb.add_argument("--min-score", type=float, default=0.3, help="of the detections shown (default 0.3)")
-    verb.set_defaults(call=lambda a: commands.detect(a.model, a.images, a.to, a.min_score))
+    verb.set_defaults(call=detect)
 
     verb = verbs.add_parser("inspect", help="look for faults in a dataset before training on it")
     verb.add_argument("--config", required=True, help="JSON file")
     verb.add_argument("--to", required=True, help="folder for the report and pictures")
-    verb.add_argument("--set", action="append", default=[], metavar="key=value", help="such as data.dir=my_data")
-    verb.set_defaults(call=lambda a: commands.inspect(a.config, a.to, a.set))
+    verb.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", help="such as data.dir=my_data"
+    )
+    verb.set_defaults(call=inspect)
 
     verb = verbs.add_parser("config", help="list every setting, its default, and the default's source")
-    verb.set_defaults(call=lambda a: commands.describe_config())
+    verb.set_defaults(call=list_settings)
 
     args = parser.parse_args()
     return args.call(args)
 
 
+def export(args):
+    cli.import_tensorflow()
+    from retinanet_keras import commands
+
+    return commands.export(args.workdir, args.to)
+
+
+def detect(args):
+    cli.import_tensorflow()
+    from retinanet_keras import commands
+
+    return commands.detect(args.model, args.images, args.to, args.min_score)
+
+
+def inspect(args):
+    settings = config.load_config(args.config, args.set)
+    cli.import_tensorflow()
+    from retinanet_keras.data import inspection
+
+    return int(bool(inspection.inspect(settings, args.to)["errors"]))
+
+
+def list_settings(args):
+    for key, default, doc, source in config.describe():
+        print(f"{key} = {default}\n    {doc} [{source}]")
+
+
 if __name__ == "__main__":
-    sys.exit(commands.run_command(main))
+    cli.run_command(main)

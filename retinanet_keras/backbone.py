@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from retinanet_keras.config import UserError
+
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
     "resnet50": (3, 4, 6, 3),
@@ -79,9 +81,9 @@ def load_imagenet(backbone, source=None):
         try:
             source = getattr(keras.applications, makers[backbone.name])(weights="imagenet", include_top=False)
         except Exception as error:  # Keras raises a bare Exception where a download fails
-            raise OSError(
+            raise UserError(
                 f"The ImageNet weights of {backbone.name} could not be downloaded ({error}). Connect to the network "
-                "once (they are kept in ~/.keras), or train from a file of weights or from random ones: see model.weights"
+                "once (they are kept in ~/.keras), or set model.weights to a file, or to null for random weights"
             ) from error
     _copy(source, "conv1_conv", "conv1_bn", backbone, "stem", scale=1.0 / np.array(STD), flip=True)
     for stage, blocks in enumerate(DEPTHS[backbone.name], start=2):
@@ -127,6 +129,10 @@ def _conv_norm(x, channels, size, stride, norm, name):
     weights were trained with.
     """
     padding = "same"
+    if stride > 1 and size == 1 and x.shape[-1] < 16:
+        # The same by other means: on CPUs oneDNN's gradient of this conv writes past its buffer (its issue 6035).
+        x = layers.AveragePooling2D(1, stride, name=f"{name}_stride")(x)
+        stride = 1
     if stride > 1 and size > 1:
         x = layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
         padding = "valid"

@@ -23,7 +23,11 @@ OURS = "this project's choice"
 DETECTRON = "Detectron: not in the paper"
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """An error that the user can mend; its message says how. The command lines show it without a traceback."""
+
+
+class ConfigError(UserError):
     """A configuration that cannot be used; the message names the key, what was expected and what came."""
 
 

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: its start-up notes
 
+import copy
+
 import pytest
 
 
@@ -21,3 +23,46 @@ def small_model():
         )
 
     return make
+
+
+TINY = {
+    "data": {
+        "source": "shapes", "short_side": 64, "max_side": 64, "keep_empty": True, "scale_jitter": [0.8, 1.2],
+        "shapes": {"train_images": 10, "val_images": 3, "test_images": 2, "side": 96},
+    },
+    "model": {"backbone": "resnet18", "weights": None, "width": 8, "norm": "batch", "freeze_at": 0,
+              "fpn_channels": 16, "head_depth": 1},
+    "anchors": {"size": 2.0},
+    "train": {"iterations": 6, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "cosine",
+              "warmup": 2, "checkpoint_every": 2, "log_every": 2},
+    "eval": {"every": 3, "pictures": 2, "keep": "best", "batch_size": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A function that builds the Config of a run of seconds on the generated data in a folder, with changes."""
+    from retinanet_keras.config import config_from_dict
+
+    def make(data_dir, **sections):
+        tree = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
+        tree["data"]["dir"] = str(data_dir)
+        return config_from_dict(copy.deepcopy(tree))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the generated data of `tiny_config` is written by the first run; not to be changed."""
+    return tmp_path_factory.mktemp("data") / "shapes"
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config, data_dir, tmp_path_factory):
+    """A run from start to end: (its folder, the metrics it returned); not to be changed."""
+    from retinanet_keras.training import run
+    from retinanet_keras.training.folder import RunFolder
+
+    folder = RunFolder(tmp_path_factory.mktemp("run") / "whole")
+    return folder, run.train(tiny_config(data_dir), folder.path)

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
 from keras import ops
 
-import reference
 from retinanet_keras.anchors import LEVELS, STRIDES, anchor_boxes, cell_anchors, level_sizes
 from retinanet_keras.config import AnchorConfig
 

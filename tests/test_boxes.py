@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-import reference
 from retinanet_keras import boxes
 
 

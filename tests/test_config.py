@@ -41,7 +41,12 @@ def test_defaults_are_the_papers():
     assert (config.loss.alpha, config.loss.gamma, config.loss.normalizer) == (0.25, 2.0, "image")
     assert (config.loss.box_beta, config.loss.box_weight) == (0.11, 1.0)
     train = config.train
-    assert (train.iterations, train.batch_size, train.learning_rate, train.drops) == (90_000, 16, 0.01, (60_000, 80_000))
+    assert (train.iterations, train.batch_size, train.learning_rate, train.drops) == (
+        90_000,
+        16,
+        0.01,
+        (60_000, 80_000),
+    )
     assert (train.optimizer, train.momentum, train.weight_decay, train.clip_norm) == ("sgd", 0.9, 1e-4, None)
     assert (train.schedule, train.warmup, train.bias_rate) == ("step", 500, 2.0)
     detection = config.detection
@@ -226,7 +231,10 @@ def test_a_missing_file_names_a_near_one(tmp_path):
     write(tmp_path, {}, "r50_800.json")
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "r50_80.json")
-    assert str(caught.value) == f"No configuration at {tmp_path / 'r50_80.json'}. Did you mean {tmp_path / 'r50_800.json'}?"
+    assert (
+        str(caught.value)
+        == f"No configuration at {tmp_path / 'r50_80.json'}. Did you mean {tmp_path / 'r50_800.json'}?"
+    )
     with pytest.raises(ConfigError, match=r"No configuration at .*no/such\.json\.$"):
         load_config(tmp_path / "no/such.json")
 
@@ -299,7 +307,7 @@ def test_malformed_overrides(tmp_path, text):
 def test_wrong_overrides_are_told_as_in_a_file(tmp_path):
     with pytest.raises(ConfigError, match="unknown key train.batchsize. Did you mean train.batch_size"):
         override(tmp_path, "train.batchsize=4")
-    with pytest.raises(ConfigError, match="train.batch_size: expected a whole number, got \"four\""):
+    with pytest.raises(ConfigError, match='train.batch_size: expected a whole number, got "four"'):
         override(tmp_path, "train.batch_size=four")
     with pytest.raises(ConfigError, match="train.learning_rate: expected a finite number"):
         override(tmp_path, "train.learning_rate=NaN")

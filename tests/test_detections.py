@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
 from keras import ops
 
-import reference
 from retinanet_keras import detections
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 
@@ -142,4 +142,6 @@ def test_sizes_known_only_to_the_graph():
         anchors = ops.convert_to_numpy(anchor_boxes(height, width))
         logits, deltas = outputs(2, 1, anchors, num_classes)
         found = {name: value.numpy() for name, value in in_graph(logits, deltas, height, width).items()}
-        check(found, 0, post_process(logits[0], deltas[0], anchors, level_sizes(height, width), height, width, top_k=50))
+        check(
+            found, 0, post_process(logits[0], deltas[0], anchors, level_sizes(height, width), height, width, top_k=50)
+        )

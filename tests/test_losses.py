@@ -5,10 +5,10 @@ import math
 import keras
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
 from keras import ops
 
-import reference
 from retinanet_keras import losses
 
 EXTREME = [-1000.0, -200.0, -104.0, -88.0, -60.0, -30.0, -15.0, -14.0, -13.0]
@@ -93,7 +93,9 @@ def test_section_3_2_examples():
 def test_gamma_0_is_cross_entropy():
     for y in (0.0, 1.0):
         targets = np.full(LOGITS.shape, y, "float32")
-        np.testing.assert_allclose(losses.focal(LOGITS, targets, 0.25, 0.0), losses.cross_entropy(LOGITS, targets, 0.25))
+        np.testing.assert_allclose(
+            losses.focal(LOGITS, targets, 0.25, 0.0), losses.cross_entropy(LOGITS, targets, 0.25)
+        )
 
 
 def test_alpha_weighs_the_classes():

@@ -2,15 +2,20 @@
 
 import numpy as np
 import pytest
+import reference
 from keras import ops
 
-import reference
 from retinanet_keras import nms
 
 
 def kernel(boxes, scores, labels, num_classes, threshold, most):
     found = nms.per_class(
-        np.float32(boxes), np.float32(scores), np.int32(labels), num_classes, iou_threshold=threshold, max_detections=most
+        np.float32(boxes),
+        np.float32(scores),
+        np.int32(labels),
+        num_classes,
+        iou_threshold=threshold,
+        max_detections=most,
     )
     return [ops.convert_to_numpy(part) for part in found]
 

@@ -12,7 +12,9 @@ from retinanet_keras.config import TrainConfig
 def a_model():
     """A kernel, biases, and the scale and shift of a normalisation."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(2)])
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
+    )
     for variable in model.trainable_variables:
         variable.assign(np.random.default_rng(1).normal(size=variable.shape))
     return model
@@ -122,8 +124,12 @@ def test_the_optimizer_follows_its_schedule():
 # Both kinds
 
 
-SGD_RUN = TrainConfig(iterations=20, warmup=3, drops=(8, 12), momentum=0.8, weight_decay=0.02, bias_rate=3.0, clip_norm=5.0)
-ADAMW_RUN = TrainConfig(iterations=20, warmup=3, optimizer="adamw", schedule="cosine", weight_decay=0.5, learning_rate=0.1)
+SGD_RUN = TrainConfig(
+    iterations=20, warmup=3, drops=(8, 12), momentum=0.8, weight_decay=0.02, bias_rate=3.0, clip_norm=5.0
+)
+ADAMW_RUN = TrainConfig(
+    iterations=20, warmup=3, optimizer="adamw", schedule="cosine", weight_decay=0.5, learning_rate=0.1
+)
 
 
 def test_build_passes_the_settings():

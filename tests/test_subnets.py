@@ -5,9 +5,9 @@ import math
 import keras
 import numpy as np
 import pytest
+import reference
 from keras import ops
 
-import reference
 from retinanet_keras.anchors import STRIDES, anchor_boxes
 from retinanet_keras.pyramid import FeaturePyramid
 from retinanet_keras.subnets import Subnet
@@ -138,7 +138,7 @@ def test_levels_share_their_weights(depth):
 
 
 def test_output_order_is_the_anchors_order():
-    """One lit position on one level must light the rows of the anchors around it, channel a * K + k in row a, value k."""
+    """One lit position on one level lights the rows of the anchors around it, channel a * K + k in row a, value k."""
     height, width, per_cell, values = 64, 96, 9, 2
     subnet = built(Subnet(per_cell, values, channels=1, depth=0), [level(None, None, 1)])
     kernel = np.zeros((3, 3, 1, per_cell * values), "float32")

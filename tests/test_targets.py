@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-import reference
 from retinanet_keras import boxes
 from retinanet_keras.anchors import anchor_boxes
 from retinanet_keras.targets import BACKGROUND, IGNORE, assign
@@ -170,7 +170,10 @@ def test_padding_changes_nothing(rule):
     plain = run(anchors, gt_boxes, gt_labels, low_quality=rule)
     garbage = rng.uniform(0, 60, (1, 4, 4))
     padded = run(
-        anchors, np.concatenate([gt_boxes, garbage], axis=1), np.concatenate([gt_labels, [[-1] * 4]], axis=1), low_quality=rule
+        anchors,
+        np.concatenate([gt_boxes, garbage], axis=1),
+        np.concatenate([gt_labels, [[-1] * 4]], axis=1),
+        low_quality=rule,
     )
     for a, b in zip(plain, padded, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -215,7 +218,8 @@ def test_in_a_graph_of_unknown_sizes():
     rng = np.random.default_rng(9)
     anchors = np.float32(reference.anchors(64, 64))
     spec = [
-        tf.TensorSpec((None, 4), tf.float32), tf.TensorSpec((None, None, 4), tf.float32), tf.TensorSpec((None, None), tf.int64)
+        tf.TensorSpec((None, 4), tf.float32), tf.TensorSpec((None, None, 4), tf.float32),
+        tf.TensorSpec((None, None), tf.int64),
     ]  # fmt: skip
     in_graph = tf.function(assign, input_signature=spec)
     for batch, count in ((2, 5), (1, 0)):

@@ -16,37 +16,6 @@ from retinanet_keras.training import callbacks, run
 from retinanet_keras.training.checkpoints import Checkpoints, load_run
 from retinanet_keras.training.folder import RunError, RunFolder
 
-TINY = {
-    "data": {
-        "source": "shapes", "short_side": 64, "max_side": 64, "keep_empty": True, "scale_jitter": [0.8, 1.2],
-        "shapes": {"train_images": 10, "val_images": 3, "test_images": 2, "side": 96},
-    },
-    "model": {"backbone": "resnet18", "weights": None, "width": 8, "norm": "batch", "freeze_at": 0,
-              "fpn_channels": 16, "head_depth": 1},
-    "anchors": {"size": 2.0},
-    "train": {"iterations": 6, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "cosine",
-              "warmup": 2, "checkpoint_every": 2, "log_every": 2},
-    "eval": {"every": 3, "pictures": 2, "keep": "best", "batch_size": 2},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data") / "shapes")
-
-
-def config(data_dir, **sections):
-    tree = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
-    tree["data"]["dir"] = data_dir
-    return config_from_dict(tree)
-
-
-@pytest.fixture(scope="module")
-def finished(data_dir, tmp_path_factory):
-    """A run from start to end: (folder, metrics)."""
-    folder = RunFolder(tmp_path_factory.mktemp("run") / "whole")
-    return folder, run.train(config(data_dir), folder.path)
-
 
 def weights_and_slots(folder):
     """All that training goes on from, as NumPy."""
@@ -84,7 +53,7 @@ def test_the_export_of_a_run_finds_what_the_run_finds(finished):
             np.testing.assert_allclose(export(image)[name], value, atol=1e-4)
 
 
-def test_a_killed_run_goes_on_to_the_same_end(data_dir, finished, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_to_the_same_end(tiny_config, data_dir, finished, tmp_path, monkeypatch, capsys):
     folder = RunFolder(tmp_path / "killed")
     seen = callbacks.Log.on_train_batch_end
 
@@ -95,38 +64,38 @@ def test_a_killed_run_goes_on_to_the_same_end(data_dir, finished, tmp_path, monk
 
     monkeypatch.setattr(callbacks.Log, "on_train_batch_end", kill_at_five)
     with pytest.raises(MemoryError):
-        run.train(config(data_dir), folder.path)
+        run.train(tiny_config(data_dir), folder.path)
     monkeypatch.undo()
     with open(folder.log_file, "a") as file:
         file.write("5,9,9,9,9,9,9,,\n")  # a row of the step that was lost
-    run.train(config(data_dir), folder.path)
+    run.train(tiny_config(data_dir), folder.path)
     assert "Going on from step 4 of 6" in capsys.readouterr().out
     for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert [row["step"] for row in folder.log_rows() if "loss" in row] == [2, 4, 6]
 
 
-def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(data_dir, finished, tmp_path):
+def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(tiny_config, data_dir, finished, tmp_path):
     folder = RunFolder(tmp_path / "longer")
     shutil.copytree(finished[0].path, folder.path)
     before = weights_and_slots(folder)
-    run.train(config(data_dir), folder.path)
+    run.train(tiny_config(data_dir), folder.path)
     for ours, theirs in zip(weights_and_slots(folder), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    run.train(config(data_dir, train={"iterations": 7}), folder.path)
+    run.train(tiny_config(data_dir, train={"iterations": 7}), folder.path)
     assert folder.log_rows()[-1]["step"] == 7
 
 
-def test_a_run_of_other_settings_is_not_mixed_in(data_dir, finished):
+def test_a_run_of_other_settings_is_not_mixed_in(tiny_config, data_dir, finished):
     before = finished[0].config_file.read_text()
     with pytest.raises(RunError, match=r"train.learning_rate was 0.001, now 0.1"):
-        run.train(config(data_dir, train={"learning_rate": 0.1}), finished[0].path)
+        run.train(tiny_config(data_dir, train={"learning_rate": 0.1}), finished[0].path)
     assert finished[0].config_file.read_text() == before
 
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(data_dir, tmp_path):
+def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data_dir, tmp_path):
     folder = RunFolder(tmp_path / "diverging")
-    wild = config(data_dir, train={"optimizer": "sgd", "learning_rate": 1e20, "warmup": 0, "checkpoint_every": 1})
+    wild = tiny_config(data_dir, train={"optimizer": "sgd", "learning_rate": 1e20, "warmup": 0, "checkpoint_every": 1})
     with pytest.raises(RunError) as stop:
         run.train(wild, folder.path)
     message = str(stop.value)
@@ -149,14 +118,14 @@ def test_the_guard_names_the_step_and_its_images(finished):
         guard.on_train_batch_end(0, {"classification_loss": float("nan"), "box_loss": 0.1})
 
 
-def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(data_dir, tmp_path):
+def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(tiny_config, data_dir, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(data_dir, broken)
     victim = sorted((broken / "images").glob("train_*"))[3]
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
     folder = RunFolder(tmp_path / "run")
-    settings = config(str(broken), train={"checkpoint_every": 1})
+    settings = tiny_config(str(broken), train={"checkpoint_every": 1})
     with pytest.raises((RunError, DataError), match=victim.name):
         run.train(settings, folder.path)
     victim.write_bytes(whole)
@@ -164,10 +133,10 @@ def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(
     assert folder.log_rows()[-1]["step"] == 6
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_training(data_dir, tmp_path):
+def test_a_folder_that_cannot_be_written_is_told_before_training(tiny_config, data_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="Choose another folder"):
-        run.train(config(data_dir), tmp_path / "file" / "run")
+        run.train(tiny_config(data_dir), tmp_path / "file" / "run")
 
 
 def test_a_failing_disk_leaves_the_checkpoint_before(data_dir, finished, tmp_path, monkeypatch):

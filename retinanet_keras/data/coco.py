@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from retinanet_keras.config import UserError
 from retinanet_keras.data import rules
 
 logger = logging.getLogger("retinanet_keras")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A dataset that cannot be used; the message names the file, the offenders and what to do."""
 
 
@@ -164,12 +165,9 @@ def examine(tree, annotation_file, image_dir):
     """
     findings, lists = rules.check_lists(tree)
     if not os.path.isdir(image_dir):
-        findings.append(
-            rules.Finding(
-                "image-folder", rules.ERROR, 1, "image folder that does not exist", (str(image_dir),),
-                "data.dir and data.images say where the images are.",
-            )  # fmt: skip
-        )
+        fix = "data.dir and data.images say where the images are."
+        what = "image folder that does not exist"
+        findings.append(rules.Finding("image-folder", rules.ERROR, 1, what, (str(image_dir),), fix))
     found, category_ids, names = rules.check_categories(lists["categories"])
     findings += found
     found, known_ids, image_ids, file_names, sizes = rules.check_images(lists["images"])

@@ -173,11 +173,11 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
     )  # fmt: skip
     findings += find(
         "annotation-id", NOTE, ~whole, tell("id"),
-        "annotations without a whole number as `id`", "pycocotools needs one for each.",
+        "annotations without a whole number as `id`", "Harmless here, but pycocotools needs one for each.",
     )  # fmt: skip
     findings += find(
         "annotation-id-twice", NOTE, _repeated(own, whole), tell("image_id"),
-        "annotations whose id another has", "pycocotools keeps one box of an id: renumber them.",
+        "annotations whose id another has", "Harmless here, but other tools keep one box of an id: renumber them.",
     )  # fmt: skip
     for reason in (NOT_FINITE, NO_AREA, OUTSIDE):
         findings += find(

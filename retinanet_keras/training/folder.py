@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from retinanet_keras import losses, optimizers
-from retinanet_keras.config import ConfigError, config_from_dict
+from retinanet_keras.config import ConfigError, UserError, config_from_dict
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.model import RetinaNet
 
@@ -20,7 +20,7 @@ LOG_COLUMNS = (
 )  # fmt: skip
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A run that cannot go on; the message says why, what is safe, and what to do."""
 
 

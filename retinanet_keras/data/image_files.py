@@ -1,0 +1,95 @@
+"""The image files of a dataset, each decoded once: which are missing, cannot be read, or are not what the JSON says."""
+
+import contextlib
+import os
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from retinanet_keras.data import coco, rules, sources
+from retinanet_keras.data.rules import ERROR, NOTE, WARNING
+
+EXIF_ORIENTATION = 0x0112
+MISSING, SIXTEEN_BIT = "missing", "16-bit"
+CONVERTED = (
+    ("L", "greyscale images", "They get three equal channels."),
+    ("CMYK", "CMYK images", "They are converted to RGB without a colour profile."),
+    (SIXTEEN_BIT, "images of 16 bits", "They are cut to 8 bits, the upper ones."),
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """What an image file turned out to be."""
+
+    mode: str  # as Pillow names it (RGB, L, CMYK, ...), or MISSING, SIXTEEN_BIT, "unknown"
+    rotated: bool = False  # EXIF asks for another orientation
+    size: tuple[int, int] | None = None  # height and width as decoded; None where that failed
+    problem: str = ""  # why it cannot be decoded
+
+
+def look_at(path):
+    """Read the header with Pillow, which tells more, and decode the image as training does."""
+    if not os.path.exists(path):
+        return ImageFile(MISSING)
+    mode, rotated = "unknown", False
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # broken files fail in many ways
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            layout = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, which becomes mode RGB
+            mode = SIXTEEN_BIT if "16" in layout or image.mode.startswith("I") else image.mode
+            rotated = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+    try:
+        return ImageFile(mode, rotated, sources.read_image(path).shape[:2])
+    except coco.DataError as error:
+        return ImageFile(mode, rotated, None, str(error))
+
+
+def check(dataset, title):
+    """Decode every image, on all cores, with a progress bar.
+
+    Returns:
+        findings; the indices of the images that can be used, int64 [n]; and a dict of counts for a report.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = list(tqdm(pool.map(look_at, dataset.files), title, len(dataset), unit="image", leave=False))
+    paths, told = dataset.files, dataset.sizes
+    sizes = np.array([file.size or (0, 0) for file in files], np.int64).reshape(-1, 2)  # [N, 2]
+    modes = np.array([file.mode for file in files], object)
+    rotated = np.array([file.rotated for file in files], bool)
+    unreadable = np.array([bool(file.problem) for file in files], bool)
+    differ = (sizes != told).any(axis=1) & (modes != MISSING) & ~unreadable
+
+    findings = missing([path for path, mode in zip(paths, modes, strict=True) if mode == MISSING])
+    findings += rules.find(
+        "image-unreadable", ERROR, unreadable, lambda i: files[i].problem,
+        "image files that cannot be decoded", "Fetch them again, or write them as JPEG or PNG.",
+    )  # fmt: skip
+    exif = " Some of them have an EXIF rotation, which is ignored." if (differ & rotated).any() else ""
+    findings += rules.find(
+        "image-size-differs", ERROR, differ,
+        lambda i: f"{paths[i]} is {sizes[i, 1]}x{sizes[i, 0]}, the JSON says {told[i, 1]}x{told[i, 0]}",
+        "images whose width x height is not the JSON's",
+        f"Their boxes may be misplaced: use the files on which the boxes were drawn, and write their sizes.{exif}",
+    )  # fmt: skip
+    findings += rules.find(
+        "exif-rotated", WARNING, rotated, lambda i: paths[i], "images with an EXIF rotation",
+        "It is ignored everywhere: boxes must be drawn on the pixels as they are stored. Better store them upright.",
+    )  # fmt: skip
+    for mode, what, effect in CONVERTED:
+        findings += rules.find(f"mode-{mode.lower()}", NOTE, modes == mode, lambda i: paths[i], what, effect)
+    sound = np.flatnonzero((modes != MISSING) & ~unreadable & ~differ)
+    return findings, sound, {"image_modes": dict(Counter(modes.tolist())), "exif_rotated": int(rotated.sum())}
+
+
+def missing(paths):
+    """The finding that these files do not exist, if there are any."""
+    return rules.find(
+        "file-missing", ERROR, np.ones([len(paths)], bool), lambda i: paths[i], "image files that do not exist",
+        "data.dir and data.images say where they are, and file_name is relative to that.",
+    )  # fmt: skip

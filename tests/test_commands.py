@@ -1,0 +1,176 @@
+"""The commands as a user types them, and what they answer to bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retinanet_keras import commands
+from retinanet_keras.config import UserError
+from retinanet_keras.data.coco import DataError
+from retinanet_keras.results.evaluation import METRICS
+from retinanet_keras.training.checkpoints import load_run
+from retinanet_keras.training.folder import RunError
+
+ROOT = Path(__file__).parents[1]
+
+
+def shell(*arguments, cwd=ROOT):
+    """(exit status, output and errors) of a Python command in the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path):
+    return shutil.copytree(finished[0].path, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        (["train.py", "--config", "configs/shape.json"], "Did you mean configs/shapes.json?"),
+        (
+            ["train.py", "--config", "configs/shapes.json", "--set", "train.iteration=3"],
+            "Did you mean train.iterations?",
+        ),
+        (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
+        (["train.py", "--config", "README.md"], "is not JSON: line 1"),
+        (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
+        (["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"], "neither a run's folder"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(command, answer):
+    status, output = shell(*command)
+    assert status == 2 and answer in output and "Traceback" not in output
+
+
+def test_the_configuration_of_tfds_says_that_it_waits_for_it():
+    status, output = shell("train.py", "--config", "configs/r101_800.json", "--workdir", "never-made")
+    assert status == 2 and '"tfds" (coco/2017) is not available' in output and not (ROOT / "never-made").exists()
+
+
+def test_help_does_not_wait_for_tensorflow():
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    code += "except SystemExit: pass\nassert 'tensorflow' not in sys.modules and 'keras' not in sys.modules"
+    status, output = shell("-c", code)
+    assert status == 0, output
+    assert "--config" in output
+
+
+def test_config_lists_every_setting():
+    status, output = shell("-m", "retinanet_keras", "config")
+    assert status == 0 and "loss.gamma = 2.0" in output and "[§5.1, Table 1b]" in output
+
+
+def test_evaluate_scores_the_run_as_training_did(finished, run_copy):
+    metrics = commands.evaluate("configs/unused.json", workdir=run_copy)
+    assert metrics == finished[1]
+    assert json.loads((run_copy / "eval/val/metrics.json").read_text()) == metrics
+
+
+def test_evaluate_an_export_and_a_results_file_give_the_runs_numbers(finished, run_copy):
+    of_export = commands.evaluate("configs/unused.json", workdir=run_copy, export=run_copy / "export")
+    of_file = commands.evaluate("configs/unused.json", workdir=run_copy, results=run_copy / "eval/val/results.json")
+    for name in METRICS:
+        expected = finished[1][name]
+        assert of_export[name] == (expected if expected is None else pytest.approx(expected, abs=1e-3))
+        assert of_file[name] == expected
+    assert (run_copy / "eval/val-export/metrics.json").exists()
+    assert json.loads((run_copy / "eval/val/metrics.json").read_text()) == finished[1]  # not written over
+
+
+def test_evaluate_weights_from_files(finished, run_copy):
+    _, model = load_run(run_copy)
+    model.save(run_copy / "model.keras")
+    model.save_weights(run_copy / "model.weights.h5")
+    for name in ("model.keras", "model.weights.h5"):
+        assert commands.evaluate("configs/unused.json", workdir=run_copy, weights=run_copy / name) == finished[1]
+
+
+def test_evaluate_refuses_what_does_not_fit(run_copy):
+    with pytest.raises(DataError, match="there is no file"):
+        commands.evaluate("c.json", workdir=run_copy, weights=run_copy / "none.keras")
+    (run_copy / "bad.weights.h5").write_text("no weights")
+    with pytest.raises(DataError, match="does not fit"):
+        commands.evaluate("c.json", workdir=run_copy, weights=run_copy / "bad.weights.h5")
+    categories = json.loads((run_copy / "categories.json").read_text())
+    categories[0]["name"] = "mushroom"
+    (run_copy / "categories.json").write_text(json.dumps(categories))
+    with pytest.raises(DataError, match="mushroom"):
+        commands.evaluate("c.json", workdir=run_copy)
+    with pytest.raises(RunError, match="There is no run"):
+        commands.evaluate("c.json", workdir=run_copy / "nowhere")
+    with pytest.raises(UserError, match="instances_moon.json"):
+        commands.evaluate("c.json", workdir=run_copy, split="moon", export=run_copy / "export")
+
+
+def test_export_makes_the_next_version(run_copy, tmp_path, capsys):
+    assert commands.export(run_copy, tmp_path / "served") == 0
+    assert commands.export(run_copy, tmp_path / "served") == 0
+    assert sorted(p.name for p in (tmp_path / "served").iterdir()) == ["1", "2"]
+    assert str(tmp_path / "served/2") in capsys.readouterr().out
+
+
+def test_detect_reads_every_kind_of_image_and_goes_on_past_broken_ones(run_copy, tmp_path, capsys):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), "uint8")
+    colour = Image.fromarray(pixels)
+    colour.save(folder / "rgb.jpg")
+    colour.convert("L").save(folder / "grey.jpg")
+    colour.convert("CMYK").save(folder / "cmyk.jpg")
+    colour.convert("P").save(folder / "palette.png")
+    colour.convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(pixels[..., 0].astype("uint16") * 257).save(folder / "sixteen.png")
+    colour.resize((1, 1)).save(folder / "one_pixel.png")
+    colour.resize((600, 20)).save(folder / "sub/long.webp")
+    (folder / "truncated.jpg").write_bytes((folder / "rgb.jpg").read_bytes()[:700])
+    (folder / "text.png").write_text("no image")
+    (folder / "ignored.txt").write_text("not even named like one")
+
+    for model in (run_copy, run_copy / "export", run_copy / "export/1"):
+        to = tmp_path / f"found-{model.name}"
+        assert commands.detect(model, [folder], to, min_score=0.0) == 1
+        output = capsys.readouterr()
+        assert "truncated.jpg cannot be read" in output.err and "text.png cannot be read" in output.err
+        drawn = {str(path.relative_to(to)) for path in to.rglob("*.png")}
+        names = [
+            "rgb.jpg",
+            "grey.jpg",
+            "cmyk.jpg",
+            "palette.png",
+            "alpha.png",
+            "sixteen.png",
+            "one_pixel.png",
+            "sub/long.webp",
+        ]
+        assert drawn == {f"{name}.png" for name in names}
+        assert Image.open(to / "rgb.jpg.png").size == (80, 60)
+
+
+def test_detect_prints_the_same_table_for_a_run_and_its_export(run_copy, tmp_path, capsys):
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 60, 3), "uint8")).save(image)
+    tables = []
+    for model in (run_copy, run_copy / "export"):
+        assert commands.detect(model, [image], tmp_path / "out", min_score=0.0) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) > 3
+
+
+def test_detect_refuses_a_folder_without_images(run_copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image files"):
+        commands.detect(run_copy, [tmp_path / "empty"], tmp_path / "out", 0.3)
