@@ -14,7 +14,7 @@ from retinanet_keras.serving import detector
 from retinanet_keras.serving.export import export_model, find
 from retinanet_keras.training import evaluator
 from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunError, RunFolder, build_model
+from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
@@ -118,7 +118,7 @@ def _load_weights(path, settings, split):
             model = keras.models.load_model(path)
         else:
             model = build_model(settings, sources.open_split(settings.data, split).categories)
-            model.load_weights(path)
+            load_weights(model, path)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataError(f"--weights: {path} does not fit the configuration's model ({first})") from None

@@ -33,6 +33,7 @@ TINY = {
     "model": {"backbone": "resnet18", "weights": None, "width": 8, "norm": "batch", "freeze_at": 0,
               "fpn_channels": 16, "head_depth": 1},
     "anchors": {"size": 2.0},
+    "detection": {"score_threshold": 0.0},  # so short a training is sure of nothing
     "train": {"iterations": 6, "batch_size": 2, "optimizer": "adamw", "learning_rate": 0.001, "schedule": "cosine",
               "warmup": 2, "checkpoint_every": 2, "log_every": 2},
     "eval": {"every": 3, "pictures": 2, "keep": "best", "batch_size": 2},

@@ -46,8 +46,8 @@ def test_boxes(rendered):
         assert (boxes >= 0).all() and (boxes <= [width, height, width, height]).all()
         sides += (boxes[:, 2:] - boxes[:, :2]).max(axis=1).tolist()
     logs = np.log(sides)
-    assert min(sides) >= 22 * 0.6 and max(sides) <= 240 and max(sides) / min(sides) > 8
-    share = np.histogram(logs, np.log([20, 35, 62, 110, 245]))[0] / len(sides)
+    assert min(sides) >= 25 * 0.6 and max(sides) <= 260 and max(sides) / min(sides) >= 10
+    share = np.histogram(logs, np.log([15, 45, 80, 145, 261]))[0] / len(sides)
     assert (share > 0.12).all()  # log-uniform would be a quarter each, but the large find less room
     counts = np.bincount(np.concatenate([labels for *_, labels in rendered]), minlength=len(shapes.NAMES))
     assert len(counts) == len(shapes.NAMES) >= 5 and (counts > 0.5 * counts.mean()).all()
@@ -73,7 +73,7 @@ def test_boxes_are_tight(kind):
         shift = np.array([60.3, 70.6])
         box = np.concatenate([low + shift - stroke * 45, high + shift + stroke * 45])
         pixels = np.full([150, 150, 3], 127, np.float32)
-        shapes._paint(rng, pixels, [c + shift for c in contours], stroke * 90, box, 90.0)
+        shapes._paint(rng, pixels, [c + shift for c in contours], stroke * 90, box, 90.0, "plain", 0.3)
         y, x = np.nonzero((np.abs(pixels - 127) > 5).any(axis=2))
         painted = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1])
         if kind in shapes.NAMES:  # the box of a stroke has room for its ends

@@ -28,6 +28,7 @@ TABLE = (
     ("data.pipeline",),
     ("results.evaluation",),
     ("results.draw",),
+    ("results.curves",),
     ("data.image_files",),
     ("data.reach",),
     ("data.inspection",),

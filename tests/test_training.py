@@ -48,6 +48,7 @@ def test_the_export_of_a_run_finds_what_the_run_finds(finished):
     own = detector.of_model(model, settings.data)
     assert categories == folder.categories()
     image = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), "uint8")
+    assert own(image)["num_detections"] == [100]
     for name, value in own(image).items():
         if name != "names":
             np.testing.assert_allclose(export(image)[name], value, atol=1e-4)

@@ -1,7 +1,7 @@
 """A generated detection set: textured, rotated, overlapping shapes over clutter, as JPEG files and COCO JSON.
 
-The class is the outline, never the colour or the texture; distractors have outlines of no class. An image depends on
-the seed, its split and its index only. The numbers here are this project's choices.
+Each class has an outline, a texture and a range of hues; distractors have outlines of no class, any of the textures and
+any hue. An image depends on the seed, its split and its index only. The numbers here are this project's choices.
 """
 
 import colorsys
@@ -18,14 +18,19 @@ from tqdm import tqdm
 
 from retinanet_keras.data.coco import DataError
 
-NAMES = ("disk", "triangle", "square", "star", "cross", "ring")
+TEXTURE_OF = {"disk": "dots", "triangle": "stripes", "square": "checks", "star": "gradient", "ring": "noise"}
+NAMES = tuple(TEXTURE_OF)
+TEXTURES = (*TEXTURE_OF.values(), "plain")
 DISTRACTORS = ("crescent", "blob", "arc", "zigzag", "letter", "segment")
+MOST_DISTRACTORS = 4
+HUE_RANGE = 0.35  # of the distance between the hues of two classes, to either side
 SPLITS = ("train", "val", "test")
 VERSION = 1  # of the pictures: another one makes a folder that was generated before unfit
 STAMP = "shapes.json"
-SIZES = (22 / 320, 240 / 320)  # longer side of a box over that of the image; log-uniform between
+SIZES = (25 / 320, 260 / 320)  # longer side of a box over that of the image; log-uniform between
 ASPECTS = (0.7, 0.8, 0.9, 1.0)  # shorter over longer side of an image
 MOST_OBJECTS = 12
+TEXTURE = 120  # largest difference between the two colours of a texture, of 255
 EMPTY_EVERY = 10  # every tenth image has distractors alone
 LEAST_INSIDE = 0.6  # of an object's box
 MOST_COVERED = 0.4  # of an object's box, by all that lies over it
@@ -126,8 +131,9 @@ def render(seed, split, index, side):
     pixels = _background(rng, height, width)
     empty = index % EMPTY_EVERY == EMPTY_EVERY - 1
     kinds = [] if empty else list(rng.choice(NAMES, rng.integers(1, MOST_OBJECTS + 1)))
-    kinds += list(rng.choice(DISTRACTORS, rng.integers(2, 7)))
+    kinds += list(rng.choice(DISTRACTORS, rng.integers(1, MOST_DISTRACTORS + 1)))
     lengths = side * np.exp(rng.uniform(*np.log(SIZES), len(kinds)))  # [n] pixels
+    lengths[[kind in DISTRACTORS for kind in kinds]] *= 0.6
     boxes, labels, covered = np.zeros([0, 4]), [], np.zeros([0])
     for i in np.argsort(-lengths):  # the small ones find room on and between the large
         length = float(lengths[i])  # a NumPy scalar would turn float32 arrays into float64
@@ -137,7 +143,12 @@ def render(seed, split, index, side):
         if place is None:
             continue
         shift, box, covered = place
-        _paint(rng, pixels, [contour + shift for contour in contours], stroke * length, box, length)
+        if kinds[i] in NAMES:
+            texture = TEXTURE_OF[kinds[i]]
+            hue = (NAMES.index(kinds[i]) + rng.uniform(-HUE_RANGE, HUE_RANGE)) / len(NAMES)
+        else:
+            texture, hue = rng.choice(TEXTURES), rng.random()
+        _paint(rng, pixels, [contour + shift for contour in contours], stroke * length, box, length, texture, hue)
         if kinds[i] in NAMES:
             boxes, covered = np.concatenate([boxes, box[None]]), np.append(covered, 0.0)
             labels.append(NAMES.index(kinds[i]))
@@ -161,10 +172,6 @@ def _outline(rng, kind):
     if kind == "star":
         radii = np.tile([1, rng.uniform(0.38, 0.5)], 5)
         return [_circle(10) * radii[:, None]], 0
-    if kind == "cross":
-        a = rng.uniform(0.22, 0.38)
-        quarter = np.array([[a, -1], [a, -a], [1, -a]])
-        return [np.concatenate([quarter @ _rotation(turn * np.pi / 2) for turn in range(4)])], 0
     if kind == "crescent":
         inner = np.linspace(np.pi, 0, 24)
         low = rng.uniform(0.3, 0.6)
@@ -219,7 +226,7 @@ def _place(rng, contour, stroke, height, width, boxes, covered):
     return (shifts[good[0]], places[good[0]], covered + shared[good[0]]) if len(good) else None
 
 
-def _paint(rng, pixels, contours, stroke, box, length):
+def _paint(rng, pixels, contours, stroke, box, length, texture, hue):
     """Draw one shape into pixels, float32 [H, W, 3], in place."""
     x1, y1 = np.floor(box[:2]).astype(int)
     x2, y2 = np.ceil(box[2:]).astype(int)
@@ -234,9 +241,10 @@ def _paint(rng, pixels, contours, stroke, box, length):
     alpha = np.asarray(mask.reduce(SAMPLES), np.float32)[..., None] / 255  # [h, w, 1]
     patch = pixels[y1:y2, x1:x2]
     under = patch[::3, ::3].mean(axis=(0, 1))
-    first, second = _color(rng, under), _color(rng, under)
+    first = _color(rng, hue, under)
+    second = first + np.clip(_color(rng, hue, under) - first, -TEXTURE, TEXTURE)
     centre = (contours[0].min(axis=0) + contours[0].max(axis=0)) / 2
-    blend = _texture(rng, np.arange(x1, x2) - centre[0], np.arange(y1, y2) - centre[1], length)  # [h, w]
+    blend = _blend(rng, texture, np.arange(x1, x2) - centre[0], np.arange(y1, y2) - centre[1], length)  # [h, w]
     color = blend[..., None] * (second - first)  # [h, w, 3]
     color += first
     color -= patch
@@ -244,20 +252,19 @@ def _paint(rng, pixels, contours, stroke, box, length):
     patch += color
 
 
-def _color(rng, under):
-    """An RGB colour, float32 [3], that stands out from the colour under it."""
+def _color(rng, hue, under):
+    """An RGB colour of a hue (0..1, around the circle), float32 [3], that stands out from the colour under it."""
     for _ in range(12):
-        hue, saturation, value = rng.random(), rng.uniform(0.1, 1), rng.uniform(0.15, 1)
-        color = np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32) * 255
+        saturation, value = rng.uniform(0.45, 1), rng.uniform(0.3, 1)
+        color = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255
         if np.abs(color - under).sum() > 170:
             break
     return color
 
 
-def _texture(rng, x, y, length):
+def _blend(rng, kind, x, y, length):
     """Share of the second colour, float32 [h, w] in 0..1; x [w] and y [h] are pixels from the shape's centre."""
     x, y = x[None].astype(np.float32), y[:, None].astype(np.float32)
-    kind = rng.choice(["plain", "stripes", "dots", "checks", "gradient", "noise"])
     if kind == "plain":
         return np.zeros([y.size, x.size], np.float32)
     if kind == "noise":
@@ -282,7 +289,7 @@ def _texture(rng, x, y, length):
 def _background(rng, height, width):
     """float32 [H, W, 3]: a gradient, smooth noise, and thin lines and curves."""
     cells = 24
-    ends = [colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.5), rng.uniform(0.25, 0.95)) for _ in range(2)]
+    ends = [colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.05, 0.35), rng.uniform(0.25, 0.95)) for _ in range(2)]
     first, second = np.array(ends) * 255
     angle = rng.uniform(0, 2 * np.pi)
     x = np.linspace(-0.5, 0.5, cells)
@@ -290,14 +297,14 @@ def _background(rng, height, width):
     coarse = Image.fromarray(rng.integers(0, 256, [6, 6, 3], np.uint8)).resize((cells, cells), Image.Resampling.BICUBIC)
     fine = rng.uniform(-128, 128, [cells, cells, 1]) + rng.uniform(-50, 50, [cells, cells, 3])
     image = first + mix * (second - first)  # [24, 24, 3]
-    image += (np.asarray(coarse, float) - 128) * rng.uniform(0.05, 0.3) + fine * rng.uniform(0.05, 0.3)
+    image += (np.asarray(coarse, float) - 128) * rng.uniform(0.05, 0.2) + fine * rng.uniform(0.03, 0.12)
     image = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     image = image.resize((2 * width, 2 * height), Image.Resampling.NEAREST)  # lines are drawn on four samples a pixel
     pen = ImageDraw.Draw(image)
     t = np.linspace(0, 1, 16)[:, None]
-    for _ in range(rng.integers(6, 22)):
+    for _ in range(rng.integers(3, 11)):
         a, b, c = rng.uniform(-0.1, 1.1, [3, 2]) * [2 * width, 2 * height]
         curve = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c if rng.random() < 0.6 else np.stack([a, b])
         color = tuple(int(v * 255) for v in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.6), rng.random()))
-        pen.line([tuple(p) for p in curve.tolist()], fill=color, width=int(rng.integers(1, 6)))
+        pen.line([tuple(p) for p in curve.tolist()], fill=color, width=int(rng.integers(1, 4)))
     return np.asarray(image.reduce(2), np.float32).copy()

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of
+from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of, load_weights
 
 
 class Checkpoints:
@@ -78,7 +78,7 @@ def load_run(workdir, config=None):
         raise RunError(f"{folder.path} has no categories.json: its training did not start. Run train.py again")
     model = build_model(config, folder.categories())
     if config.eval.keep == "best" and folder.best():
-        model.load_weights(folder.best_weights)
+        load_weights(model, folder.best_weights)
         return config, model
     if not Checkpoints(model, folder, config.train.keep_checkpoints).restore():
         raise RunError(f"The run in {folder.path} has no checkpoint yet. Run train.py for it first")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import warnings
 from pathlib import Path
 
 from retinanet_keras import losses, optimizers
@@ -129,6 +130,13 @@ def build_model(config, categories, weights=None):
         normalizer=config.loss.normalizer, jit_compile=config.train.jit_compile,
     )  # fmt: skip
     return net
+
+
+def load_weights(model, path):
+    """Load a .weights.h5 file, for inference: the optimizer's state in it, where there is any, is left alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        model.load_weights(path)
 
 
 def load_config_of(folder):

@@ -11,11 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from retinanet_keras.data import inspection, pipeline, sources
-from retinanet_keras.results import draw, evaluation
+from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import callbacks, evaluator
 from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, write_atomically
+from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights, write_atomically
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -57,12 +57,12 @@ def train(config, workdir):
     _fit(model, config, folder, checkpoints, train_set, val_set)
 
     if config.eval.keep == "best" and folder.best():
-        model.load_weights(folder.best_weights)
+        load_weights(model, folder.best_weights)
         print("The best weights were those of step {step}, AP {AP:.3f}".format(**folder.best()))
     out = folder.evaluation(test_split)
     found = evaluator.detect_split(model.detect, test_set, config)
     metrics = evaluator.evaluate_to(out, found, test_set, config.eval.pictures)
-    draw.training_curves(folder.log_rows(), folder.curves_file)
+    curves.training_curves(folder.log_rows(), folder.curves_file)
     export_dir = export_model(model, config, folder.export, version=1)
     print(f"\n{evaluation.format_metrics(metrics)}\n")
     _summarise(folder, out, export_dir, began)
@@ -137,4 +137,7 @@ def _summarise(folder, out, export_dir, began):
     }  # fmt: skip
     for name, path in rows.items():
         print(f"{name:>16}  {path}")
-    print(f"{'time':>16}  {seconds // 60:.0f} min {seconds % 60:.0f} s\n{'peak memory':>16}  {peak:.1f} GB")
+    speeds = [row["images_per_second"] for row in folder.log_rows() if "images_per_second" in row]
+    print(f"{'time':>16}  {seconds // 60:.0f} min {seconds % 60:.0f} s, this start")
+    print(f"{'speed':>16}  {np.median(speeds):.1f} images/s in training, median")
+    print(f"{'peak memory':>16}  {peak:.1f} GB")
