@@ -1,10 +1,13 @@
 """What the command lines share: errors that a user can mend come in one line, without a traceback."""
 
+import errno
 import logging
 import os
 import sys
 
 from retinanet_keras.config import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that is full or refuses
 
 
 def import_tensorflow():
@@ -31,5 +34,11 @@ def run_command(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: {error}. What was written before is as it was", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
