@@ -4,6 +4,8 @@ One ResNet, a functional Keras model, serves every use. Its layers are named `st
 the normalisation after a conv `..._norm`, the conv on the shortcut of a stage's first block `..._shortcut`.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import layers
@@ -140,7 +142,9 @@ def _conv_norm(x, channels, size, stride, norm, name):
         channels, size, stride, padding, use_bias=False, kernel_initializer=keras.initializers.HeNormal(), name=name
     )(x)
     if norm == "group":
-        return layers.GroupNormalization(min(32, channels // 2), epsilon=1e-5, name=f"{name}_norm")(x)
+        return layers.GroupNormalization(math.gcd(channels, min(32, channels // 2)), epsilon=1e-5, name=f"{name}_norm")(
+            x
+        )
     # The momentum of the ResNet authors: Keras's .99 has not settled by the end of a short training.
     return BatchNorm(momentum=0.9, epsilon=EPSILON, trainable=norm == "batch", name=f"{name}_norm")(x)
 

@@ -1,13 +1,13 @@
 """What the command lines share: errors that a user can mend come in one line, without a traceback."""
 
-import errno
 import logging
 import os
 import sys
 
 from retinanet_keras.config import UserError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that is full or refuses
+# A full or read-only disk, in the words that Python's, TensorFlow's and HDF5's errors share.
+REFUSALS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 
 
 def import_tensorflow():
@@ -34,11 +34,13 @@ def run_command(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        print(f"error: {error}. What was written before is as it was", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        refusal = next((words for words in REFUSALS if words in str(error)), None)
+        if refusal is None:
+            raise
+        first = str(error).strip().split("\n")[0]
+        print(f"error: the disk refuses: {first}. Files written before are as they were", file=sys.stderr)
+        sys.exit(2)

@@ -74,7 +74,7 @@ def detect(model, images, to, min_score):
     Returns:
         0, or 1 where an image could not be read; the others are done all the same.
     """
-    files = list(_image_files(images))
+    files = _unique(_image_files(images))
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
         search, categories = detector.of_model(net, config.data), Categories.from_list(net.categories)
@@ -136,6 +136,15 @@ def _saved_model(path):
             "numbered subfolder)"
         )
     return found
+
+
+def _unique(files):
+    """The same (path, name) pairs, names that come again numbered: pictures must not replace each other."""
+    seen, unique = {}, []
+    for path, name in files:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append((path, name if seen[name] == 1 else f"{name}-{seen[name]}"))
+    return unique
 
 
 def _image_files(paths):

@@ -173,7 +173,7 @@ class TrainConfig:
     )
     bias_rate: float = setting(2.0, DETECTRON, "factor on the gradient of biases; sgd only", above=0)
     clip_norm: float | None = setting(None, "off in the paper", "cap on the global norm of the gradient", above=0)
-    seed: int = setting(0, OURS, "of initialisation, order and augmentation", at_least=0)
+    seed: int = setting(0, OURS, "of initialisation, order and augmentation", at_least=0, at_most=2**32 - 1)
     checkpoint_every: int = setting(1000, OURS, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(3, OURS, "newest checkpoints kept", at_least=1)
     log_every: int = setting(20, OURS, "steps averaged in one row of log.csv", at_least=1)
@@ -399,6 +399,14 @@ def _check_together(config):
         raise ConfigError(f"data.scale_jitter: expected the smaller factor first, got {list(data.scale_jitter)}")
     if "{split}" not in data.annotations:
         raise ConfigError(f"data.annotations: expected a name with {{split}} in it, got {data.annotations!r}")
+    for key, text in (("data.annotations", data.annotations), ("data.images", data.images)):
+        if any(part in text.replace("{split}", "") for part in "{}"):
+            raise ConfigError(f"{key}: expected no other placeholder than {{split}}, got {text!r}")
+    weights = config.model.weights
+    if weights not in (None, "imagenet") and not weights.endswith(".weights.h5"):
+        near = difflib.get_close_matches(weights, ["imagenet"], 1)
+        hint = ' Did you mean "imagenet"?' if near else ""
+        raise ConfigError(f'model.weights: expected "imagenet", null or a .weights.h5 file, got {weights!r}.{hint}')
     if targets.negative_iou > targets.positive_iou:
         raise ConfigError(
             f"targets.negative_iou: expected at most targets.positive_iou, {targets.positive_iou}, "

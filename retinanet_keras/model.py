@@ -12,7 +12,7 @@ from keras import ops
 from retinanet_keras import backbone as backbones
 from retinanet_keras import detections, losses
 from retinanet_keras.anchors import anchor_boxes, level_sizes
-from retinanet_keras.config import AnchorConfig, DetectionConfig, TargetConfig
+from retinanet_keras.config import AnchorConfig, DetectionConfig, TargetConfig, UserError
 from retinanet_keras.pyramid import FeaturePyramid
 from retinanet_keras.subnets import Subnet
 from retinanet_keras.targets import IGNORE, assign
@@ -64,7 +64,11 @@ class RetinaNet(keras.Model):
         if weights == "imagenet":
             backbones.load_imagenet(self.backbone)
         elif weights:
-            self.backbone.load_weights(weights)
+            try:
+                self.backbone.load_weights(weights)
+            except (OSError, ValueError) as error:
+                first = str(error).strip().split("\n")[0]
+                raise UserError(f"weights: {weights} cannot be loaded into a {backbone} ({first})") from None
         backbones.freeze(self.backbone, freeze_at)
         self.pyramid = FeaturePyramid(fpn_channels, name="pyramid")
         head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth}

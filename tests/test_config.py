@@ -339,3 +339,18 @@ def test_every_setting_is_documented_with_its_source():
     for key, _, doc, source in rows:
         assert doc and not doc.endswith("."), key
         assert source, key
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("model.weights=imagnet", 'model.weights: expected "imagenet".*Did you mean "imagenet"'),
+        ("data.images={year}", "data.images: expected no other placeholder"),
+        ("data.annotations={split}_{x}.json", "data.annotations: expected no other placeholder"),
+        ("train.seed=8589934592", "train.seed: expected at most"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused(override, answer, tmp_path):
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(ConfigError, match=answer):
+        load_config(tmp_path / "c.json", [override])

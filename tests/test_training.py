@@ -7,12 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from retinanet_keras.config import config_from_dict
+from retinanet_keras.data import sources
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.serving import detector
-from retinanet_keras.training import callbacks, run
+from retinanet_keras.training import callbacks, evaluator, run
 from retinanet_keras.training.checkpoints import Checkpoints, load_run
 from retinanet_keras.training.folder import RunError, RunFolder
 
@@ -167,15 +169,116 @@ def test_weights_that_are_not_finite_are_not_saved(finished, tmp_path):
         Checkpoints(model, folder, 3).save()
 
 
-def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_config, data_dir, finished, tmp_path, caplog):
     folder = RunFolder(tmp_path / "damaged")
     shutil.copytree(finished[0].path, folder.path)
     for part in folder.checkpoints.glob("step-6.*"):
         part.write_bytes(part.read_bytes()[:100])
-    settings = dataclasses.replace(load_run(folder.path)[0].eval, keep="last")
-    whole = dataclasses.replace(load_run(folder.path)[0], eval=settings)
-    with pytest.raises(RunError, match="step-6 cannot be read"):
-        load_run(folder.path, whole)
+    run.train(tiny_config(data_dir), folder.path)
+    assert "step-6 cannot be read" in caplog.text and "going on from the checkpoint before it" in caplog.text
+    for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)  # and step 6 was written again
+
+
+def test_checkpoints_none_of_which_can_be_read_are_named(finished, tmp_path):
+    folder = RunFolder(tmp_path / "damaged")
+    shutil.copytree(finished[0].path, folder.path)
+    for part in folder.checkpoints.glob("step-*"):
+        part.write_bytes(part.read_bytes()[:100])
+    settings, _ = load_run(folder.path)
+    with pytest.raises(RunError, match="step-6 cannot be read.*step-3 cannot be read.*--workdir"):
+        load_run(folder.path, dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, keep="last")))
+
+
+def test_an_evaluation_that_was_missed_is_made_up(tiny_config, data_dir, finished, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "missed")
+
+    def kill(*_):
+        raise MemoryError("killed")
+
+    monkeypatch.setattr(run, "_validate", kill)
+    with pytest.raises(MemoryError):
+        run.train(tiny_config(data_dir), folder.path)
+    monkeypatch.undo()
+    run.train(tiny_config(data_dir), folder.path)
+    assert [row["step"] for row in folder.log_rows() if "AP" in row] == [3, 6]
+
+
+def changed_annotations(data_dir, folder, split, change):
+    """A copy of the dataset in which `change` was called on the tree of one annotation file."""
+    shutil.copytree(data_dir, folder)
+    file = folder / "annotations" / f"instances_{split}.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+    return folder
+
+
+def test_a_run_of_other_categories_is_not_mixed_in(tiny_config, data_dir, finished, tmp_path):
+    def rename(tree):
+        tree["categories"][0]["name"] = "mushroom"
+
+    data = data_dir
+    for i, split in enumerate(("train", "val")):
+        data = changed_annotations(data, tmp_path / f"data{i}", split, rename)
+    before = finished[0].categories_file.read_text()
+    with pytest.raises(RunError, match="categories were .*'disk'.*now .*'mushroom'"):
+        run.train(tiny_config(data), finished[0].path)
+    assert finished[0].categories_file.read_text() == before
+
+
+def test_faults_of_the_validation_split_are_told_before_training(tiny_config, data_dir, tmp_path):
+    data = changed_annotations(data_dir, tmp_path / "data", "val", lambda tree: None)
+    (data / "images/val_000001.jpg").unlink()
+    with pytest.raises(DataError, match="val_000001.jpg"):
+        run.train(tiny_config(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config, data_dir, finished, tmp_path):
+    def halve(tree):
+        tree["images"][1].update(width=tree["images"][1]["width"] // 2)
+
+    data = changed_annotations(data_dir, tmp_path / "data", "val", halve)
+    dataset = sources.open_split(tiny_config(data).data, "val")
+    settings, model = load_run(finished[0].path)
+    with pytest.raises(DataError, match=r"val_000001.jpg is \d+x\d+ .* its annotation says"):
+        list(evaluator.detect_split(model.detect, dataset, settings))
+    with pytest.raises(DataError, match=r"val_000001.jpg is"):
+        list(evaluator.detect_split_one_by_one(detector.of_model(model, settings.data), dataset))
+
+
+def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):
+    """One pixel, a ribbon, grey, CMYK, 16 bits; boxes that are inverted, empty, not numbers, or outside."""
+    data = tmp_path / "odd"
+    (data / "images").mkdir(parents=True)
+    (data / "annotations").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), "uint8")
+    colour = Image.fromarray(pixels)
+    pictures = {
+        "pixel.png": colour.resize((1, 1)), "ribbon.jpg": colour.resize((6000, 200)), "grey.jpg": colour.convert("L"),
+        "cmyk.jpg": colour.convert("CMYK"), "deep.png": Image.fromarray(pixels[..., 0].astype("uint16") * 257),
+    }  # fmt: skip
+    tree = {"images": [], "annotations": [], "categories": [{"id": 5, "name": "thing"}]}
+    bad = ([50, 50, -20, 10], [10, 10, 0, 5], [float("nan"), 1, 5, 5], [900, 900, 20, 20])
+    for i, (name, picture) in enumerate(pictures.items()):
+        picture.save(data / "images" / name)
+        width, height = picture.size
+        tree["images"].append({"id": i, "file_name": name, "width": width, "height": height})
+        good = [width / 4, height / 4, width / 2, height / 2]
+        for box in (good, *(bad if name == "grey.jpg" else ())):
+            tree["annotations"].append({"id": len(tree["annotations"]), "image_id": i, "category_id": 5, "bbox": box})
+    for split in ("train", "val"):
+        (data / f"annotations/instances_{split}.json").write_text(json.dumps(tree))
+    settings = tiny_config(data, data={"source": "coco"}, train={"iterations": 4}, eval={"every": 0})
+    metrics = run.train(settings, tmp_path / "run")
+    assert [row["step"] for row in RunFolder(tmp_path / "run").log_rows()] == [2, 4]
+    assert metrics["per_class"]["thing"]["ground_truth"] == 8  # all but the one that is no number
+    tree["annotations"] = []
+    (data / "annotations/instances_train.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="box"):
+        run.train(settings, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_there_is_no_run_in_an_empty_folder(tmp_path):

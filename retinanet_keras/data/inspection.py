@@ -45,6 +45,12 @@ def check_before_training(dataset, config):
         logger.warning("%s", text)
 
 
+def check_files(dataset):
+    """A DataError where image files of a dataset are missing."""
+    for finding in image_files.missing(coco.missing_files(dataset)):
+        raise coco.DataError(f"{dataset.annotation_file}: {finding}")
+
+
 def inspect(config, to):
     """Check every split of a configuration, print a summary, and write `report.txt`, `report.json` and pictures.
 

@@ -157,10 +157,10 @@ def inference_batches(dataset, config, batch_size):
     fitted = padded(resized(dataset.sizes, config.short_side, config.max_side)[0].numpy())
     canvas = fitted[:, 0].astype(np.int64) * 1_000_000 + fitted[:, 1]  # one number each
     order = np.argsort(canvas, kind="stable")
-    files = tf.constant(dataset.files)
+    read = example_reader(dataset)
 
     def prepare(index, image_id, canvas):
-        image = sources.decode(tf.io.read_file(files[index]))
+        image, _ = read(index)
         pixels, size, scale = fit(image[None], config.short_side, config.max_side)
         return canvas, (
             pixels[0],

@@ -1,5 +1,6 @@
 """Where a split's images and boxes are: COCO files, the generated shapes, TensorFlow Datasets."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,6 @@ def open_split(config, split, *, keep_empty=True):
     Raises:
         DataError, ConfigError: saying what is missing or wrong, and where.
     """
-    if config.source == "tfds":
-        raise ConfigError(
-            f'data.source: "tfds" ({config.name}) is not available in this release. Use "coco" with the official '
-            "files: data.source=coco data.dir=FOLDER, and data.annotations, data.images and the splits to suit "
-            "(see the README, Train on COCO)"
-        )
     if config.source == "shapes":
         shapes.generate(config.dir, config.shapes)
     return coco.load(annotation_file(config, split), image_dir(config, split), keep_empty=keep_empty)
@@ -36,6 +31,12 @@ def open_split(config, split, *, keep_empty=True):
 
 def annotation_file(config, split):
     """The path of a split's annotation JSON."""
+    if config.source == "tfds":
+        raise ConfigError(
+            f'data.source: "tfds" ({config.name}) is not available in this release. Use "coco" with the official '
+            "files: data.source=coco data.dir=FOLDER, and data.annotations, data.images and the splits to suit "
+            "(see the README, Train on COCO)"
+        )
     return Path(config.dir) / config.annotations.format(split=split)
 
 
@@ -60,7 +61,7 @@ def read_image(path):
     try:
         return decode(tf.io.read_file(str(path))).numpy()
     except tf.errors.OpError as error:
-        raise coco.DataError(f"{path} cannot be read as an image: {_first_line(error)}") from None
+        raise coco.DataError(f"{path} cannot be read as an image: {first_line(error)}") from None
 
 
 def unusable_images(dataset, indices):
@@ -78,5 +79,7 @@ def unusable_images(dataset, indices):
     return problems
 
 
-def _first_line(error):
-    return (error.message or str(error)).split("\n")[0].split(" [Op:")[0]
+def first_line(error):
+    """What an error says, without the names of graph nodes that TensorFlow adds."""
+    message = getattr(error, "message", None) or str(error)
+    return re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0].split(" [Op:")[0]

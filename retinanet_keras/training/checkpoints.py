@@ -1,9 +1,15 @@
 """Checkpoints of a run: weights, optimizer state and step, the newest few kept."""
 
+import logging
+from pathlib import Path
+
 import numpy as np
 import tensorflow as tf
 
+from retinanet_keras.data.sources import first_line
 from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of, load_weights
+
+logger = logging.getLogger("retinanet_keras")
 
 
 class Checkpoints:
@@ -14,6 +20,7 @@ class Checkpoints:
         self.model = model
         self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
         self.manager = tf.train.CheckpointManager(self.checkpoint, folder.checkpoints, keep, checkpoint_name="step")
+        self.newest = None  # the path of the last checkpoint that was restored or saved
 
     @property
     def step(self):
@@ -21,26 +28,36 @@ class Checkpoints:
         return int(self.model.optimizer.iterations.numpy())
 
     def restore(self):
-        """Load the newest checkpoint, if there is one, and return the step."""
-        newest = self.manager.latest_checkpoint
-        if newest:
+        """Load the newest checkpoint that can be read, if there is any, and return the step.
+
+        Raises:
+            RunError: where there are checkpoints, but none can be read.
+        """
+        problems = []
+        there = [path for path in self.manager.checkpoints if Path(f"{path}.index").exists()]
+        for path in reversed(there):
             try:
-                self.checkpoint.restore(newest).assert_consumed()
+                self.checkpoint.restore(path).assert_consumed()
             except (tf.errors.OpError, AssertionError, ValueError) as error:
-                first = str(error).split("\n")[0]
-                raise RunError(
-                    f"The checkpoint {newest} cannot be read ({first}). It is damaged or of another model; remove it "
-                    "to go on from an older one, or train into another folder with --workdir"
-                ) from None
+                problems.append(f"{path} cannot be read ({first_line(error)})")
+                continue
+            for problem in problems:
+                logger.warning("%s; going on from the checkpoint before it", problem)
+            self.newest = path
+            return self.step
+        if problems:
+            raise RunError(
+                f"{'; '.join(problems)}: damaged, or of another model. Train into another folder with --workdir"
+            )
         return self.step
 
     def save(self):
-        """Write a checkpoint of this step, unless it exists.
+        """Write a checkpoint of this step, unless it was restored from one or has been saved.
 
         Raises:
             RunError: where a weight is not finite, or the disk refuses; checkpoints already written are untouched.
         """
-        newest = self.manager.latest_checkpoint
+        newest = self.newest
         if newest and newest.endswith(f"-{self.step}"):
             return
         for variable in self.model.trainable_variables:
@@ -50,11 +67,10 @@ class Checkpoints:
                     f"checkpoint is {newest or 'none'}. Lower train.learning_rate or set train.clip_norm"
                 )
         try:
-            self.manager.save(self.step, check_interval=False)
+            self.newest = self.manager.save(self.step, check_interval=False)
         except (tf.errors.OpError, OSError) as error:
-            first = str(error).split("\n")[0]
             raise RunError(
-                f"The checkpoint of step {self.step} could not be written ({first}). The last good one is "
+                f"The checkpoint of step {self.step} could not be written ({first_line(error)}). The last good one is "
                 f"{newest or 'none'}. Free some space and run the same command again: training goes on from there"
             ) from None
 
@@ -78,7 +94,10 @@ def load_run(workdir, config=None):
         raise RunError(f"{folder.path} has no categories.json: its training did not start. Run train.py again")
     model = build_model(config, folder.categories())
     if config.eval.keep == "best" and folder.best():
-        load_weights(model, folder.best_weights)
+        try:
+            load_weights(model, folder.best_weights)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{folder.best_weights} cannot be read ({first_line(error)}). Train the run again") from None
         return config, model
     if not Checkpoints(model, folder, config.train.keep_checkpoints).restore():
         raise RunError(f"The run in {folder.path} has no checkpoint yet. Run train.py for it first")

@@ -36,8 +36,12 @@ def detect_split(detect, dataset, config, label="Evaluating"):
 def detect_split_one_by_one(detect, dataset, label="Evaluating"):
     """The same with a detector of `serving.detector`, which takes images as they are."""
     with _progress(dataset, label) as bar:
-        for image_id, file in zip(dataset.image_ids.tolist(), dataset.files, strict=True):
-            yield image_id, *detector.detections_of(detect, sources.read_image(file))
+        rows = zip(dataset.image_ids.tolist(), dataset.files, dataset.sizes.tolist(), strict=True)
+        for row, (image_id, file, size) in enumerate(rows):
+            image = sources.read_image(file)
+            if image.shape[:2] != tuple(size):
+                raise coco.DataError(sources.unusable_images(dataset, [row])[0])
+            yield image_id, *detector.detections_of(detect, image)
             bar.update()
 
 
@@ -61,7 +65,7 @@ def _naming_bad_files(dataset):
     """TensorFlow's input errors as one that names the files."""
     try:
         yield
-    except (tf.errors.InvalidArgumentError, tf.errors.NotFoundError):
+    except tf.errors.OpError:
         problems = sources.unusable_images(dataset, np.arange(len(dataset)))
         if not problems:
             raise

@@ -44,22 +44,25 @@ class RunFolder:
         """The folder of a split's results."""
         return self.path / "eval" / split
 
-    def start(self, config):
-        """Make the folder, or check that the run in it is this one, and write config.json.
+    def start(self, config, categories):
+        """Make the folder, or check that the run in it is this one, and write config.json and categories.json.
 
         Raises:
-            RunError: where the folder cannot be written, or holds a run of other settings, which it names.
+            RunError: where the folder cannot be written, or holds another run, whose differences it names.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if self.config_file.exists():
+            if self.config_file.exists() and any(self.checkpoints.iterdir()):
                 changes = self._changes(config)
-                if changes and any(self.checkpoints.iterdir()):
+                if self.categories_file.exists() and self.categories() != categories:
+                    changes.append(f"the categories were {self.categories().names}, now {categories.names}")
+                if changes:
                     raise RunError(
                         f"{self.path} holds a run of other settings, which cannot be mixed with these: "
                         f"{'; '.join(changes)}. Train into another folder with --workdir, or set these back"
                     )
             write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+            write_atomically(self.categories_file, json.dumps(categories.to_list(), indent=1) + "\n")
         except OSError as error:
             raise RunError(
                 f"{self.path} cannot be written ({error.strerror or error}). Choose another folder with --workdir"

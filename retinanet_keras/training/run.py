@@ -1,6 +1,5 @@
 """The run: data, model, training with checkpoints and evaluations, and at the end results, export and a summary."""
 
-import json
 import logging
 import resource
 import sys
@@ -15,7 +14,7 @@ from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import callbacks, evaluator
 from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights, write_atomically
+from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -38,9 +37,9 @@ def train(config, workdir):
     test_set = val_set if test_split == config.data.val_split else sources.open_split(config.data, test_split)
     for other in (val_set, test_set):
         evaluator.check_categories(other, train_set.categories)
+        inspection.check_files(other)
     inspection.check_before_training(train_set, config)
-    folder.start(config)
-    write_atomically(folder.categories_file, json.dumps(train_set.categories.to_list(), indent=1) + "\n")
+    folder.start(config, train_set.categories)
     classes = len(train_set.categories)
     print(f"Training {config.model.backbone} on {len(train_set)} images of {classes} classes in {workdir}")
 
@@ -75,9 +74,13 @@ def _fit(model, config, folder, checkpoints, train_set, val_set):
     order = pipeline.TrainingOrder(train_set.sizes, batch_size, config.train.seed)
     ids_of_step = lambda step: train_set.image_ids[order.batch(step)]  # noqa: E731
     log = callbacks.Log(folder, config, checkpoints.step)
-    guard = callbacks.Guard(ids_of_step, lambda: checkpoints.manager.latest_checkpoint)
+    guard = callbacks.Guard(ids_of_step, lambda: checkpoints.newest)
     save = callbacks.Save(checkpoints, config.train.checkpoint_every)
     try:
+        step = checkpoints.step
+        due = every and step and (step % every == 0 or step == config.train.iterations)
+        if due and not any(row["step"] == step and "AP" in row for row in folder.log_rows()):
+            _validate(model, config, folder, log, val_set, step)  # the run was stopped before or in it
         while (step := checkpoints.step) < config.train.iterations:
             stop = min(config.train.iterations, (step // every + 1) * every if every else config.train.iterations)
             batches = pipeline.training_batches(
@@ -85,7 +88,7 @@ def _fit(model, config, folder, checkpoints, train_set, val_set):
             )
             try:
                 model.fit(batches, steps_per_epoch=stop - step, callbacks=[guard, log, save], verbose=0, shuffle=False)
-            except (tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
+            except tf.errors.OpError as error:
                 raise _explain(error, train_set, order, checkpoints) from None
             checkpoints.save()
             if every:
@@ -116,7 +119,7 @@ def _explain(error, dataset, order, checkpoints):
         return error
     return RunError(
         f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is "
-        f"{checkpoints.manager.latest_checkpoint or 'none'}. Mend or remove the file (`python -m retinanet_keras "
+        f"{checkpoints.newest or 'none'}. Mend or remove the file (`python -m retinanet_keras "
         "inspect` lists all such files), then run the same command again: training goes on from there"
     )
 
