@@ -279,12 +279,13 @@ def override(tmp_path, *overrides, tree=NO_WEIGHTS):
 def test_overrides_are_json_or_bare_strings(tmp_path):
     config = override(
         tmp_path, "train.batch_size=4", "train.drops=[10, 20]", "train.schedule=cosine", 'train.optimizer="adamw"',
-        "loss.alpha=null", "data.keep_empty=true", "train.jit_compile=auto", "data.shapes.seed=7", "model.weights=w.h5",
+        "loss.alpha=null", "data.keep_empty=true", "train.jit_compile=auto", "data.shapes.seed=7",
+        "model.weights=w.weights.h5",
     )  # fmt: skip
     assert (config.train.batch_size, config.train.drops) == (4, (10, 20))
     assert (config.train.schedule, config.train.optimizer, config.loss.alpha) == ("cosine", "adamw", None)
     assert (config.data.keep_empty, config.train.jit_compile) == (True, "auto")
-    assert (config.data.shapes.seed, config.model.weights) == (7, "w.h5")
+    assert (config.data.shapes.seed, config.model.weights) == (7, "w.weights.h5")
 
 
 def test_the_last_override_wins_over_the_file(tmp_path):
