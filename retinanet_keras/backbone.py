@@ -132,7 +132,8 @@ def _conv_norm(x, channels, size, stride, norm, name):
     """
     padding = "same"
     if stride > 1 and size == 1 and x.shape[-1] < 16:
-        # The same by other means: on CPUs oneDNN's gradient of this conv writes past its buffer (its issue 6035).
+        # The same by other means: oneDNN's gradient of this conv on CPUs writes past its buffer
+        # (uxlfoundation/oneDNN#6035).
         x = layers.AveragePooling2D(1, stride, name=f"{name}_stride")(x)
         stride = 1
     if stride > 1 and size > 1:
