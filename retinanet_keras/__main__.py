@@ -9,13 +9,15 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m retinanet_keras", description=__doc__.split(":")[0] + ".")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    verb = verbs.add_parser("export", help="write a run's model as a SavedModel for TF Serving")
-    verb.add_argument("--workdir", required=True, help="folder of the run")
+    verb = verbs.add_parser("export", help="write a model as a SavedModel for TF Serving")
+    model = verb.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="folder of the run")
+    model.add_argument("--weights", help="a .keras file")
     verb.add_argument("--to", required=True, help="base path; a numbered folder is made in it")
     verb.set_defaults(call=export)
 
     verb = verbs.add_parser("detect", help="find objects in image files and folders")
-    verb.add_argument("--model", required=True, help="folder of a run or of an export")
+    verb.add_argument("--model", required=True, help="folder of a run or of an export, or a .keras file")
     verb.add_argument("images", nargs="+", help="image files and folders")
     verb.add_argument("--to", required=True, help="folder for the pictures")
     verb.add_argument("--min-score", type=float, default=0.3, help="of the detections shown (default 0.3)")
@@ -29,6 +31,11 @@ def main():
     )
     verb.set_defaults(call=inspect)
 
+    verb = verbs.add_parser("convert", help="turn weights of Detectron, Detectron2 or torchvision into a Keras file")
+    verb.add_argument("file", help="the .pkl, .pth or .npz")
+    verb.add_argument("out", help="a .keras file to write; for a backbone alone a .weights.h5 file")
+    verb.set_defaults(call=convert)
+
     verb = verbs.add_parser("config", help="list every setting, its default, and the default's source")
     verb.set_defaults(call=list_settings)
 
@@ -40,7 +47,7 @@ def export(args):
     cli.import_tensorflow()
     from retinanet_keras import commands
 
-    return commands.export(args.workdir, args.to)
+    return commands.export(args.to, args.workdir, args.weights)
 
 
 def detect(args):
@@ -56,6 +63,13 @@ def inspect(args):
     from retinanet_keras.data import inspection
 
     return int(bool(inspection.inspect(settings, args.to)["errors"]))
+
+
+def convert(args):
+    cli.import_tensorflow()
+    from retinanet_keras import checkpoints
+
+    print(checkpoints.convert(args.file, args.out))
 
 
 def list_settings(args):

@@ -1,6 +1,9 @@
 """§4, Anchors: boxes at every position of P3 to P7. The order of anchors is fixed here and nowhere else.
 
 Flattened as level (P3 first), row, column, then scale 2^(k/n) (outer), then ratio h / w (inner).
+
+The paper's anchors are not rounded. Weights trained by other frameworks expect theirs, which are settings: `offset`,
+and `rounding`, "cell" as Detectron's, "integers" as torchvision's.
 """
 
 import math
@@ -25,10 +28,20 @@ def cell_anchors(stride, config=AnchorConfig()):  # noqa: B008 (frozen)
     """
     offsets = []
     for k in range(config.scales):
-        side = config.size * stride * 2 ** (k / config.scales)
+        scale = 2 ** (k / config.scales)
         for ratio in config.ratios:
-            width, height = side / math.sqrt(ratio), side * math.sqrt(ratio)
-            offsets.append([-width / 2, -height / 2, width / 2, height / 2])
+            if config.rounding == "cell":
+                width = round(math.sqrt(stride * stride / ratio))
+                height = round(width * ratio)
+                width, height = config.size * scale * width, config.size * scale * height
+            else:
+                side = config.size * stride * scale
+                side = int(side) if config.rounding == "integers" else side
+                width, height = side / math.sqrt(ratio), side * math.sqrt(ratio)
+            corner = [width / 2, height / 2]
+            if config.rounding == "integers":
+                corner = [round(length) for length in corner]
+            offsets.append([-corner[0], -corner[1], *corner])
     return np.array(offsets, "float32")
 
 
@@ -51,16 +64,19 @@ def anchor_boxes(height, width, config=AnchorConfig()):  # noqa: B008
 
     Args:
         height, width: of the image in pixels, ints or integer scalars of the graph.
-        config: sizes, scales and ratios.
+        config: sizes, scales, ratios and rounding.
 
     Returns:
-        float32 [A, 4], absolute pixels x1, y1, x2, y2, in the order above; not rounded, not clipped.
+        float32 [A, 4], absolute pixels x1, y1, x2, y2, in the order above; not clipped to the image.
     """
     levels = []
     for stride in STRIDES:
         rows, columns = grid(height, width, stride)
-        x = (ops.cast(ops.arange(columns), "float32") + 0.5) * stride  # [columns]
-        y = (ops.cast(ops.arange(rows), "float32") + 0.5) * stride  # [rows]
+        across, down = stride, stride
+        if config.rounding == "integers":  # whole pixels per cell, though partial cells count: strides drift
+            across, down = (ops.cast(side, "float32") for side in (width // columns, height // rows))
+        x = (ops.cast(ops.arange(columns), "float32") + config.offset) * across  # [columns]
+        y = (ops.cast(ops.arange(rows), "float32") + config.offset) * down  # [rows]
         offsets = cell_anchors(stride, config)  # [a, 4]
         shape = (rows, columns, config.per_cell)
         corners = [

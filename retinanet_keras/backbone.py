@@ -1,23 +1,24 @@
 """The backbone: images to C3, C4 and C5, the last outputs of a ResNet's stages 3 to 5 (§4, Feature Pyramid Network).
 
-One ResNet, a functional Keras model, serves every use. Its layers are named `stem`, `res2_0_conv1` ... `res5_2_conv3`,
-the normalisation after a conv `..._norm`, the conv on the shortcut of a stage's first block `..._shortcut`.
+One ResNet, a functional Keras model, serves every use of its kind. Its layers are named `stem`, `res2_0_conv1` ...
+`res5_2_conv3`, the normalisation after a conv `..._norm`, the conv on the shortcut of a stage's first block
+`..._shortcut`. Other Keras models become backbones by `of_keras_model`.
 """
 
+import functools
 import math
 
 import keras
-import numpy as np
-from keras import layers
-
-from retinanet_keras.config import UserError
+from keras import layers, ops
 
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
     "resnet50": (3, 4, 6, 3),
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
+    "resnext101_32x8d": (3, 4, 23, 3),  # Table 2's ResNeXt-101-FPN
 }
+GROUPS = 32  # of ResNeXt's 3x3 convs
 STRIDES = {"c3": 8, "c4": 16, "c5": 32}
 
 # Pixels are normalised as (RGB - MEAN) / STD. MEAN is that of the MSRA weights the paper starts from; they expect no
@@ -27,15 +28,18 @@ STD = (58.395, 57.12, 57.375)
 EPSILON = 1.001e-5  # of batch normalisation: that of the MSRA weights as Keras carries them
 
 
-def resnet(name="resnet50", *, width=64, norm="group"):
+def resnet(name="resnet50", *, width=64, norm="group", stride_in=None, epsilon=EPSILON):
     """A ResNet without its classifier.
 
     Args:
-        name: "resnet18", "resnet50", "resnet101" or "resnet152".
+        name: "resnet18", "resnet50", "resnet101", "resnet152" or "resnext101_32x8d".
         width: channels of the stem; stage s has width * 2^(s-2) in its 3x3 convs, four times that at its output
-            (resnet18: no such factor).
+            (resnet18: no such factor; resnext: four times that in both).
         norm: "frozen", batch normalisation that keeps its statistics, scales and shifts; "batch", trained;
             "group", group normalisation.
+        stride_in: "1x1" or "3x3", the conv of a stage's first block that has the stride (resnet18: always its first);
+            None: "1x1" as in the MSRA models, for resnext "3x3".
+        epsilon: of batch normalisation.
 
     Returns:
         a functional keras.Model from normalised images [B, H, W, 3], H and W multiples of 32, to a dict of
@@ -45,9 +49,17 @@ def resnet(name="resnet50", *, width=64, norm="group"):
         raise ValueError(f"backbone: expected one of {', '.join(DEPTHS)}, got {name!r}")
     if norm not in ("frozen", "batch", "group"):
         raise ValueError(f'norm: expected "frozen", "batch" or "group", got {norm!r}')
-    block = _basic_block if name == "resnet18" else _bottleneck
+    if stride_in not in (None, "1x1", "3x3"):
+        raise ValueError(f'stride_in: expected "1x1", "3x3" or None, got {stride_in!r}')
+    grouped = name.startswith("resnext")
+    conv = functools.partial(_conv_norm, norm=norm, epsilon=epsilon)
+    if name == "resnet18":
+        block = functools.partial(_basic_block, conv)
+    else:
+        first = (stride_in or ("3x3" if grouped else "1x1")) == "1x1"
+        block = functools.partial(_bottleneck, conv, stride_first=first, groups=GROUPS if grouped else 1)
     images = keras.Input((None, None, 3), name="images")
-    x = _conv_norm(images, width, 7, 2, norm, "stem")
+    x = conv(images, width, 7, 2, "stem")
     x = layers.ReLU(name="stem_relu")(x)
     x = layers.ZeroPadding2D(1, name="pool_pad")(x)  # zeros are as good as -inf after a ReLU
     x = layers.MaxPooling2D(3, 2, name="pool")(x)
@@ -55,7 +67,7 @@ def resnet(name="resnet50", *, width=64, norm="group"):
     for stage, blocks in enumerate(DEPTHS[name], start=2):
         for i in range(blocks):
             stride = 2 if i == 0 and stage > 2 else 1
-            x = block(x, width * 2 ** (stage - 2), stride, i == 0, norm, f"res{stage}_{i}")
+            x = block(x, width * 2 ** (stage - 2), stride, i == 0, f"res{stage}_{i}")
         if stage > 2:
             outputs[f"c{stage}"] = x
     return keras.Model(images, outputs, name=name)
@@ -69,62 +81,63 @@ def freeze(backbone, stages):
             layer.trainable = False
 
 
-def load_imagenet(backbone, source=None):
-    """Copy ImageNet weights of `keras.applications` (the MSRA weights of §4.1) into a `resnet`.
+def of_keras_model(model):
+    """Any Keras model as a backbone: images to C3, C4 and C5.
 
     Args:
-        backbone: a `resnet` of 50, 101 or 152 layers, width 64, norm "frozen" or "batch".
-        source: a keras.applications ResNet of the same depth; None downloads it.
+        model: a functional keras.Model of images [B, H, W, 3] with `pyramid_outputs` (KerasHub) or
+            `pyramid_level_inputs` (KerasCV), or whose outputs are a dict of c3, c4 and c5.
+
+    Returns:
+        a keras.Model with the same layers and weights, to a dict of c3, c4 and c5 with strides of 8, 16 and 32.
+
+    Raises:
+        ValueError: where the model has no such outputs, or with other strides.
     """
-    if source is None:
-        makers = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
-        if backbone.name not in makers:
-            raise ValueError(f"ImageNet weights exist for {', '.join(makers)}, not for {backbone.name}")
-        try:
-            source = getattr(keras.applications, makers[backbone.name])(weights="imagenet", include_top=False)
-        except Exception as error:  # Keras raises a bare Exception where a download fails
-            raise UserError(
-                f"The ImageNet weights of {backbone.name} could not be downloaded ({error}). Connect to the network "
-                "once (they are kept in ~/.keras), or set model.weights to a file, or to null for random weights"
-            ) from error
-    _copy(source, "conv1_conv", "conv1_bn", backbone, "stem", scale=1.0 / np.array(STD), flip=True)
-    for stage, blocks in enumerate(DEPTHS[backbone.name], start=2):
-        for i in range(blocks):
-            theirs, ours = f"conv{stage}_block{i + 1}", f"res{stage}_{i}"
-            for number in (1, 2, 3):
-                _copy(source, f"{theirs}_{number}_conv", f"{theirs}_{number}_bn", backbone, f"{ours}_conv{number}")
-            if i == 0:
-                _copy(source, f"{theirs}_0_conv", f"{theirs}_0_bn", backbone, f"{ours}_shortcut")
+    pyramid = getattr(model, "pyramid_outputs", None)
+    if pyramid is None and hasattr(model, "pyramid_level_inputs"):
+        pyramid = {level: model.get_layer(name).output for level, name in model.pyramid_level_inputs.items()}
+    if pyramid is None:
+        pyramid = model.output if isinstance(model.output, dict) else {}
+    outputs = {f"c{n}": pyramid.get(f"c{n}", pyramid.get(f"P{n}")) for n in (3, 4, 5)}
+    if any(output is None for output in outputs.values()):
+        raise ValueError(
+            "backbone: expected a Keras model with outputs c3, c4 and c5 (a dict), `pyramid_outputs` (KerasHub) or "
+            f"`pyramid_level_inputs` (KerasCV) of P3, P4 and P5; {model.name} has {sorted(pyramid) or 'none of them'}"
+        )
+    inputs = model.input
+    if isinstance(inputs, dict) and len(inputs) == 1:
+        (inputs,) = inputs.values()
+    backbone = keras.Model(inputs, outputs, name=model.name)
+    side = 256
+    found = backbone.compute_output_shape((1, side, side, 3))
+    strides = {name: side // shape[1] for name, shape in found.items()}
+    if strides != STRIDES:
+        raise ValueError(f"backbone: expected strides {STRIDES}, {model.name} has {strides}")
+    return backbone
 
 
-def _copy(source, conv, norm, backbone, name, scale=None, flip=False):
-    """One convolution and its normalisation; keras.applications' conv bias goes into the moving mean."""
-    kernel, bias = source.get_layer(conv).get_weights()
-    gamma, beta, mean, variance = source.get_layer(norm).get_weights()
-    if flip:  # trained on BGR, without division; the model gives RGB / STD
-        kernel = kernel[:, :, ::-1] / scale[None, None, :, None]
-    backbone.get_layer(name).set_weights([kernel])
-    backbone.get_layer(f"{name}_norm").set_weights([gamma, beta, mean - bias, variance])
-
-
-def _bottleneck(x, channels, stride, first, norm, name):
-    """1x1, 3x3, 1x1 and a shortcut; the stride is in the first 1x1, as in the MSRA models."""
-    shortcut = _conv_norm(x, 4 * channels, 1, stride, norm, f"{name}_shortcut") if first else x
-    x = layers.ReLU(name=f"{name}_relu1")(_conv_norm(x, channels, 1, stride, norm, f"{name}_conv1"))
-    x = layers.ReLU(name=f"{name}_relu2")(_conv_norm(x, channels, 3, 1, norm, f"{name}_conv2"))
-    x = _conv_norm(x, 4 * channels, 1, 1, norm, f"{name}_conv3")
+def _bottleneck(conv, x, channels, stride, first, name, *, stride_first, groups):
+    """1x1, 3x3, 1x1 and a shortcut; a grouped 3x3 and the 1x1 before it have four times the channels."""
+    inner = channels * (1 if groups == 1 else 4)
+    shortcut = conv(x, 4 * channels, 1, stride, f"{name}_shortcut") if first else x
+    x = conv(x, inner, 1, stride if stride_first else 1, f"{name}_conv1")
+    x = layers.ReLU(name=f"{name}_relu1")(x)
+    x = conv(x, inner, 3, 1 if stride_first else stride, f"{name}_conv2", groups=groups)
+    x = layers.ReLU(name=f"{name}_relu2")(x)
+    x = conv(x, 4 * channels, 1, 1, f"{name}_conv3")
     return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
 
-def _basic_block(x, channels, stride, first, norm, name):
+def _basic_block(conv, x, channels, stride, first, name):
     """Two 3x3 and a shortcut."""
-    shortcut = _conv_norm(x, channels, 1, stride, norm, f"{name}_shortcut") if first and stride > 1 else x
-    x = layers.ReLU(name=f"{name}_relu1")(_conv_norm(x, channels, 3, stride, norm, f"{name}_conv1"))
-    x = _conv_norm(x, channels, 3, 1, norm, f"{name}_conv2")
+    shortcut = conv(x, channels, 1, stride, f"{name}_shortcut") if first and stride > 1 else x
+    x = layers.ReLU(name=f"{name}_relu1")(conv(x, channels, 3, stride, f"{name}_conv1"))
+    x = conv(x, channels, 3, 1, f"{name}_conv2")
     return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
 
-def _conv_norm(x, channels, size, stride, norm, name):
+def _conv_norm(x, channels, size, stride, name, *, norm, epsilon, groups=1):
     """A convolution without bias, padded alike on all sides, and its normalisation.
 
     TensorFlow's "same" pads a strided convolution at the right and bottom only, one pixel off from what released
@@ -139,15 +152,53 @@ def _conv_norm(x, channels, size, stride, norm, name):
     if stride > 1 and size > 1:
         x = layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
         padding = "valid"
-    x = layers.Conv2D(
-        channels, size, stride, padding, use_bias=False, kernel_initializer=keras.initializers.HeNormal(), name=name
-    )(x)
+    kind = layers.Conv2D if groups == 1 else GroupedConv2D
+    x = kind(
+        channels, size, stride, padding, groups=groups, use_bias=False,
+        kernel_initializer=keras.initializers.HeNormal(), name=name,
+    )(x)  # fmt: skip
     if norm == "group":
-        return layers.GroupNormalization(math.gcd(channels, min(32, channels // 2)), epsilon=1e-5, name=f"{name}_norm")(
-            x
-        )
+        groups = math.gcd(channels, min(32, channels // 2))
+        return layers.GroupNormalization(groups, epsilon=1e-5, name=f"{name}_norm")(x)
     # The momentum of the ResNet authors: Keras's .99 has not settled by the end of a short training.
-    return BatchNorm(momentum=0.9, epsilon=EPSILON, trainable=norm == "batch", name=f"{name}_norm")(x)
+    return BatchNorm(momentum=0.9, epsilon=epsilon, trainable=norm == "batch", name=f"{name}_norm")(x)
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class GroupedConv2D(layers.Conv2D):
+    """Keras's grouped convolution without bias, at a usable speed: the same weights and values.
+
+    Keras compiles it with XLA on TensorFlow, whose gradient for CPUs takes a hundred times as long as TensorFlow's own
+    kernel. Within XLA on a CPU (`split`; on JAX always) one convolution for each group is what is fast.
+    """
+
+    split = False
+
+    def call(self, inputs):
+        backend = keras.backend.backend()
+        if backend == "jax":
+            import jax
+
+            split = jax.default_backend() == "cpu"
+        else:
+            split = self.split
+        if split:
+            parts = zip(
+                ops.split(inputs, self.groups, axis=-1), ops.split(self.kernel, self.groups, axis=-1), strict=True
+            )
+            return ops.concatenate([ops.conv(x, k, self.strides, self.padding) for x, k in parts], axis=-1)
+        if backend != "tensorflow":
+            return super().call(inputs)
+        import tensorflow as tf
+
+        return tf.nn.conv2d(inputs, ops.convert_to_tensor(self.kernel), self.strides, self.padding.upper())
+
+
+def split_groups(backbone):
+    """Make the grouped convs of a backbone fast within XLA on a CPU."""
+    for layer in backbone.layers:
+        if isinstance(layer, GroupedConv2D):
+            layer.split = True
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")

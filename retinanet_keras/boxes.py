@@ -40,12 +40,13 @@ def iou(a, b):
     return ops.where(union > 0, shared / ops.where(union > 0, union, 1.0), 0.0)
 
 
-def clip(boxes, height, width):
+def clip(boxes, height, width, least=0.0):
     """Boxes cut to an image.
 
     Args:
         boxes: [..., N, 4], absolute pixels x1, y1, x2, y2.
         height, width: of the image in pixels, scalars or, for boxes [B, N, 4], [B].
+        least: pixels of the image that x1 stays left of its right side and x2 right of its left one, y alike.
 
     Returns:
         float32 boxes of the same shape, 0 <= x <= width and 0 <= y <= height.
@@ -55,7 +56,8 @@ def clip(boxes, height, width):
     limit = ops.concatenate([sides, sides], axis=-1)
     if len(limit.shape) > 1:
         limit = limit[:, None, :]  # [B, 1, 4]
-    return ops.minimum(ops.maximum(boxes, 0.0), limit)
+    low, below = (ops.convert_to_tensor(corner) for corner in ([0.0, 0.0, least, least], [least, least, 0.0, 0.0]))
+    return ops.minimum(ops.maximum(boxes, low), limit - below)
 
 
 def encode(anchors, boxes):

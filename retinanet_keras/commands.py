@@ -5,7 +5,7 @@ from pathlib import Path
 
 import keras
 
-from retinanet_keras.config import load_config
+from retinanet_keras.config import Config, DataConfig, load_config
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.model import RetinaNet
@@ -66,7 +66,7 @@ def detect(model, images, to, min_score):
     """`detect`: a table of what is found in image files and folders, and pictures of it.
 
     Args:
-        model: folder of a run or of an export.
+        model: folder of a run or of an export, or a .keras file.
         images: files and folders.
         to: folder for the pictures.
         min_score: of the detections shown.
@@ -78,6 +78,9 @@ def detect(model, images, to, min_score):
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
         search, categories = detector.of_model(net, config.data), Categories.from_list(net.categories)
+    elif Path(model).suffix == ".keras":
+        net = _load_model(model, "--model")
+        search, categories = detector.of_model(net, DataConfig()), Categories.from_list(net.categories)
     else:
         search, categories = detector.of_export(_saved_model(model))
     failed = 0
@@ -102,28 +105,42 @@ def detect(model, images, to, min_score):
     return int(failed > 0)
 
 
-def export(workdir, to):
-    """`export`: the next version of a run's SavedModel under a base path."""
-    config, model = load_run(workdir)
+def export(to, workdir=None, weights=None):
+    """`export`: the next version of the SavedModel of a run, or of a .keras file, under a base path.
+
+    Images are resized as the run's configuration says; for a file, as the paper says (shorter side 800).
+    """
+    config, model = load_run(workdir) if workdir else (Config(), _load_model(weights, "--weights"))
     print(f"written to {export_model(model, config, to)}")
     return 0
 
 
 def _load_weights(path, settings, split):
     """A RetinaNet from a .keras file, or from a .weights.h5 file of the configuration's model."""
+    if Path(path).suffix == ".keras":
+        return _load_model(path, "--weights")
     if not Path(path).is_file():
         raise DataError(f"--weights: there is no file {path}")
+    model = build_model(settings, sources.open_split(settings.data, split).categories)
     try:
-        if Path(path).suffix == ".keras":
-            model = keras.models.load_model(path)
-        else:
-            model = build_model(settings, sources.open_split(settings.data, split).categories)
-            load_weights(model, path)
+        load_weights(model, path)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataError(f"--weights: {path} does not fit the configuration's model ({first})") from None
+    return model
+
+
+def _load_model(path, option):
+    """A RetinaNet with categories from a .keras file."""
+    if not Path(path).is_file():
+        raise DataError(f"{option}: there is no file {path}")
+    try:
+        model = keras.models.load_model(path)
+    except (OSError, ValueError, TypeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise DataError(f"{option}: {path} is no model that Keras can load ({first})") from None
     if not isinstance(model, RetinaNet) or not model.categories:
-        raise DataError(f"--weights: {path} is no RetinaNet with categories, but {type(model).__name__}")
+        raise DataError(f"{option}: {path} is no RetinaNet with categories, but {type(model).__name__}")
     return model
 
 

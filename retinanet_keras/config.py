@@ -46,6 +46,14 @@ class AnchorConfig:
     size: float = setting(4.0, "§4: areas 32^2 to 512^2 on P3 to P7", "side of the first scale, in strides", above=0)
     scales: int = setting(3, "§4: sizes 2^0, 2^(1/3), 2^(2/3)", "scales 2^(k/scales) per octave", at_least=1)
     ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), "§4: ratios 1:2, 1:1, 2:1", "height over width", above=0)
+    offset: float = setting(
+        0.5, DETECTRON, "where in its cell an anchor's centre is, in strides; 0 for Detectron2 and torchvision",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    rounding: str = setting(
+        "none", OURS, "cell: Detectron's, sides rounded at the size of a cell; integers: torchvision's",
+        choices=("none", "cell", "integers"),
+    )  # fmt: skip
 
     @property
     def per_cell(self):
@@ -104,8 +112,9 @@ class ModelConfig:
     """§4. Backbone, feature pyramid, subnets."""
 
     backbone: str = setting(
-        "resnet50", "§4.1", "depth of the ResNet", choices=("resnet18", "resnet50", "resnet101", "resnet152")
-    )
+        "resnet50", "§4.1; Table 2: ResNeXt-101-32x8d", "kind and depth of the ResNet",
+        choices=("resnet18", "resnet50", "resnet101", "resnet152", "resnext101_32x8d"),
+    )  # fmt: skip
     weights: str | None = setting(
         "imagenet",
         "§4.1: pre-trained on ImageNet1k",
@@ -142,16 +151,37 @@ class TargetConfig:
 class LossConfig:
     """§3, §4.1. What an anchor costs."""
 
+    kind: str = setting(
+        "focal", "§3", "of the classification loss; focal_star: Appendix A, hinge: §5.1",
+        choices=("focal", "cross_entropy", "focal_star", "hinge"),
+    )  # fmt: skip
     alpha: float | None = setting(
-        0.25, "§5.1, Table 1b: .25 for gamma 2", "weight of the rare class", at_least=0, at_most=1
+        0.25, "§5.1, Table 1b: .25 for gamma 2", "weight of the rare class; null leaves it out", at_least=0, at_most=1
     )
-    gamma: float = setting(2.0, "§5.1, Table 1b", "focusing parameter", at_least=0)
+    gamma: float = setting(2.0, "§5.1, Table 1b", "focusing parameter; steepness of focal_star", at_least=0)
+    star_beta: float = setting(1.0, "Appendix A, Table 3", "shift of focal_star")
+    hinge_threshold: float = setting(0.5, OURS, "p_t from which the hinge loss is 0", above=0, at_most=1)
     box_beta: float = setting(0.11, DETECTRON, "where smooth L1 turns linear", above=0)
     box_weight: float = setting(1.0, DETECTRON, "weight of the box loss in the sum", at_least=0)
     normalizer: str = setting(
         "image", "§4.1: by the number of anchors assigned to a ground-truth box", "count per image, or per minibatch",
         choices=("image", "minibatch"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MiningConfig:
+    """§5.1, Online Hard Example Mining: which anchors the classification loss is of."""
+
+    batch_size: int = setting(0, "§5.1, Table 1d", "hardest anchors of an image; 0: all anchors, no mining", at_least=0)
+    nms_iou: float = setting(
+        0.5,
+        "§5.1, Table 1d: .5 for the best",
+        "anchors that overlap a harder one by more are left out",
+        at_least=0,
+        at_most=1,
+    )
+    ratio: int | None = setting(None, "§5.1: 1:3", "negatives for each positive; null: however they come", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -190,6 +220,14 @@ class DetectionConfig:
     pre_nms_top_k: int = setting(1000, "§4.1", "best predictions decoded per level", at_least=1)
     nms_iou: float = setting(0.5, "§4.1", "threshold of non-maximum suppression", at_least=0, at_most=1)
     max_detections: int = setting(100, DETECTRON, "detections kept per image", at_least=1)
+    clip: str = setting(
+        "before_nms", DETECTRON, "when boxes are cut to the image; inclusive: Detectron's pixels, also before",
+        choices=("before_nms", "after_nms", "inclusive"),
+    )  # fmt: skip
+    p7_threshold: float | None = setting(
+        None, OURS, "score threshold on P7 where it differs (Detectron: 0)", at_least=0, at_most=1
+    )
+    pad_multiple: int = setting(32, OURS, "images are padded to multiples of this (Detectron: 128)", at_least=32)
 
 
 @dataclass(frozen=True)
@@ -213,6 +251,7 @@ class Config:
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -412,14 +451,19 @@ def _check_together(config):
             f"targets.negative_iou: expected at most targets.positive_iou, {targets.positive_iou}, "
             f"got {targets.negative_iou}"
         )
+    if config.loss.kind == "focal_star" and config.loss.gamma == 0:
+        raise ConfigError("loss.gamma: expected a number above 0 with loss.kind focal_star, got 0")
+    if config.detection.pad_multiple % 32:
+        raise ConfigError(f"detection.pad_multiple: expected a multiple of 32, got {config.detection.pad_multiple}")
     if list(train.drops) != sorted(set(train.drops)):
         raise ConfigError(f"train.drops: expected increasing steps, got {list(train.drops)}")
-    if config.model.weights == "imagenet" and (
-        config.model.backbone == "resnet18" or config.model.norm != "frozen" or config.model.width != 64
+    model = config.model
+    if model.weights == "imagenet" and (
+        model.backbone in ("resnet18", "resnext101_32x8d") or model.norm != "frozen" or model.width != 64
     ):
         raise ConfigError(
             'model.weights: "imagenet" exists for resnet50, resnet101 and resnet152 with norm "frozen" and width 64; '
-            f"got {config.model.backbone}, {config.model.norm}, {config.model.width}. "
+            f"got {model.backbone}, {model.norm}, {model.width}. "
             "For training from random weights set model.weights=null"
         )
 

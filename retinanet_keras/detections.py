@@ -7,9 +7,11 @@ from retinanet_keras import boxes, nms
 
 def decode(
     logits, deltas, anchors, level_sizes, height, width, *,
-    score_threshold=0.05, pre_nms_top_k=1000, nms_iou=0.5, max_detections=100,
+    score_threshold=0.05, pre_nms_top_k=1000, nms_iou=0.5, max_detections=100, clip="before_nms", p7_threshold=None,
 ):  # fmt: skip
     """The best predictions of every level, decoded, clipped to the image, and thinned by per-class NMS.
+
+    The last two arguments are for weights trained by other frameworks.
 
     Args:
         logits: [B, A, K], before the sigmoid.
@@ -21,33 +23,52 @@ def decode(
         pre_nms_top_k: (anchor, class) pairs kept per level, the highest exactly.
         nms_iou: boxes of one class that overlap by more are suppressed.
         max_detections: D, kept per image.
+        clip: "before_nms"; "after_nms", where boxes left without area are dropped (Detectron2); "inclusive", before it
+            to pixels 0 to side - 1, of which a box has one at least (Detectron).
+        p7_threshold: in place of `score_threshold` on the last level; None: the same (Detectron: 0).
 
     Returns:
         dict of boxes float32 [B, D, 4] in absolute pixels x1, y1, x2, y2, scores float32 [B, D] falling, labels int32
         [B, D], count int32 [B]. Rows past count: box 0, score 0, label -1.
     """
     num_classes = logits.shape[-1]
-    picked_logits, picked_anchors, picked_labels = [], [], []
+    picked_scores, picked_anchors, picked_labels = [], [], []
     start = 0
-    for size in level_sizes:
+    for level, size in enumerate(level_sizes):
         best, anchor, label = _top_pairs(logits[:, start : start + size], pre_nms_top_k)
-        picked_logits.append(best)
+        # The sigmoid of survivors only: of all A x K logits it would take ten times as long as the selection.
+        best = ops.sigmoid(ops.cast(best, "float32"))
+        last = p7_threshold is not None and level == len(level_sizes) - 1
+        picked_scores.append(ops.where(best > (p7_threshold if last else score_threshold), best, 0.0))
         picked_anchors.append(anchor + start)
         picked_labels.append(label)
         start = start + size
-    # The sigmoid of survivors only: of all A x K logits it would take ten times as long as the selection.
-    scores = ops.sigmoid(ops.cast(ops.concatenate(picked_logits, axis=1), "float32"))  # [B, N]
-    scores = ops.where(scores > score_threshold, scores, 0.0)
+    scores = ops.concatenate(picked_scores, axis=1)  # [B, N]
     anchor = ops.concatenate(picked_anchors, axis=1)
     labels = ops.concatenate(picked_labels, axis=1)
     candidates = boxes.decode(
         ops.take(ops.convert_to_tensor(anchors), anchor, axis=0), ops.take_along_axis(deltas, anchor[..., None], axis=1)
     )
-    candidates = boxes.clip(candidates, height, width)  # [B, N, 4]
-    kept_boxes, kept_scores, kept_labels, count = nms.per_class(
-        candidates, scores, labels, num_classes, iou_threshold=nms_iou, max_detections=max_detections
+    if clip != "after_nms":
+        candidates = boxes.clip(candidates, height, width, least=1.0 if clip == "inclusive" else 0.0)  # [B, N, 4]
+    kept = nms.per_class(candidates, scores, labels, num_classes, iou_threshold=nms_iou, max_detections=max_detections)
+    if clip == "after_nms":
+        kept = _clip_and_drop(*kept[:3], height, width)
+    return dict(zip(("boxes", "scores", "labels", "count"), kept, strict=True))
+
+
+def _clip_and_drop(kept_boxes, scores, labels, height, width):
+    """Detections cut to the image; those without area go, and the others move up in order."""
+    kept_boxes = boxes.clip(kept_boxes, height, width)
+    real = (boxes.area(kept_boxes) > 0) & (labels >= 0)  # [B, D]
+    scores, order = ops.top_k(ops.where(real, scores, 0.0), scores.shape[1])  # stable: equal scores keep their order
+    real = ops.take_along_axis(real, order, axis=1)
+    return (
+        ops.where(real[..., None], ops.take_along_axis(kept_boxes, order[..., None], axis=1), 0.0),
+        scores,
+        ops.where(real, ops.take_along_axis(labels, order, axis=1), -1),
+        ops.sum(ops.cast(real, "int32"), axis=1),
     )
-    return {"boxes": kept_boxes, "scores": kept_scores, "labels": kept_labels, "count": count}
 
 
 def _top_pairs(logits, k):

@@ -1,8 +1,9 @@
 """§3, the focal loss and its family, on logits, element by element; and smooth L1 of the box subnet.
 
 With y = +1 or -1 the class, x the logit, p_t the probability of the true class, x_t = y * x, so p_t = sigmoid(x_t)
-(Appendix A). Functions take 0/1 targets of the logits' shape (broadcasting is fine) and return unreduced float32
-values: reduction and normalisation happen once, where the step is. The classes at the end are the same losses as
+(Appendix A). Functions return unreduced values: reduction and normalisation happen once, where the step is. Each has
+the derivative of Appendix B in closed form, so that nothing but logits and targets is kept for the backward pass, and
+is finite in value and derivative wherever the logit is. The classes at the end are the same losses as
 `keras.losses.Loss` objects.
 """
 
@@ -11,50 +12,73 @@ from keras import ops
 
 
 def cross_entropy(logits, targets, alpha=None):
-    """CE(p_t) = -alpha_t log(p_t), §3 and §3.1. The derivative by x, Appendix B: y (p_t - 1), times alpha_t.
+    """CE(p_t) = -alpha_t log(p_t), §3 and §3.1. By x, Appendix B: y (p_t - 1), times alpha_t.
 
     Args:
-        logits: any shape.
-        targets: 0. or 1., the logits' shape.
+        logits: any shape, any float type.
+        targets: 0. or 1., of the logits' shape or broadcasting to it; no gradient flows to them.
         alpha: weight of class 1, 1 - alpha that of class 0; None leaves it out.
 
     Returns:
-        float32 of the logits' shape.
+        float32 of the logits' shape (float64 for float64 logits).
     """
-    x_t, weight = _true_logit(logits, targets, alpha)
-    return weight * ops.softplus(-x_t)
+    return _on_true_logit(
+        lambda x_t: -ops.log_sigmoid(x_t),
+        lambda x_t: -ops.sigmoid(-x_t),  # p_t - 1 without its cancellation
+        logits, targets, alpha,
+    )  # fmt: skip
 
 
 def focal(logits, targets, alpha=0.25, gamma=2.0):
     """FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t), §3.2.
 
-    The derivative by x, Appendix B: y (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1), times alpha_t. The power is
-    taken as exp(gamma log(1 - p_t)), which is finite in value and gradient wherever p_t is.
+    By x, Appendix B: y (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1), times alpha_t. The power is taken as
+    exp(gamma log(1 - p_t)), which is finite wherever the logit is, for gamma under 1 too.
 
     Args and returns as `cross_entropy`; gamma: focusing parameter, at least 0.
     """
-    x_t, weight = _true_logit(logits, targets, alpha)
-    return weight * ops.exp(-gamma * ops.softplus(x_t)) * ops.softplus(-x_t)
+
+    def power(x_t):
+        return ops.exp(gamma * ops.log_sigmoid(-x_t))  # (1 - p_t)^gamma
+
+    return _on_true_logit(
+        lambda x_t: -power(x_t) * ops.log_sigmoid(x_t),
+        lambda x_t: power(x_t) * (gamma * ops.sigmoid(x_t) * ops.log_sigmoid(x_t) - ops.sigmoid(-x_t)),
+        logits, targets, alpha,
+    )  # fmt: skip
 
 
 def focal_star(logits, targets, alpha=0.25, gamma=2.0, beta=1.0):
     """FL*(p_t) = -alpha_t log(p*_t) / gamma with p*_t = sigmoid(gamma x_t + beta), Appendix A.
 
-    The derivative by x, Appendix B: y (p*_t - 1), times alpha_t.
+    By x, Appendix B: y (p*_t - 1), times alpha_t.
 
     Args and returns as `cross_entropy`; gamma: steepness, above 0; beta: shift.
     """
-    x_t, weight = _true_logit(logits, targets, alpha)
-    return weight * ops.softplus(-(gamma * x_t + beta)) / gamma
+    return _on_true_logit(
+        lambda x_t: -ops.log_sigmoid(gamma * x_t + beta) / gamma,
+        lambda x_t: -ops.sigmoid(-(gamma * x_t + beta)),
+        logits, targets, alpha,
+    )  # fmt: skip
 
 
 def hinge(logits, targets, alpha=None, threshold=0.5):
     """max(0, threshold - p_t), §5.1: "sets loss to 0 above a certain value of p_t". The threshold is this project's.
 
+    By x: -y p_t (1 - p_t) where p_t is under the threshold, else 0; times alpha_t.
+
     Args and returns as `cross_entropy`.
     """
-    x_t, weight = _true_logit(logits, targets, alpha)
-    return weight * ops.relu(threshold - ops.sigmoid(x_t))
+
+    def value(x_t):  # 1/2 - p_t without its cancellation, then the rest of the threshold
+        size = ops.abs(x_t)
+        return ops.relu((threshold - 0.5) + 0.5 * ops.sign(x_t) * ops.expm1(-size) * ops.sigmoid(size))
+
+    return _on_true_logit(
+        value,
+        lambda x_t: ops.where(value(x_t) > 0, -ops.sigmoid(x_t) * ops.sigmoid(-x_t), ops.zeros_like(x_t)),
+        logits, targets, alpha,
+    )  # fmt: skip
 
 
 def smooth_l1(error, beta=0.11):
@@ -65,35 +89,89 @@ def smooth_l1(error, beta=0.11):
         beta: where it turns linear. Detectron's 0.11; 1 is Fast R-CNN's. Not in the paper.
 
     Returns:
-        float32 of the same shape.
+        float32 of the same shape (float64 for float64).
     """
-    size = ops.abs(ops.cast(error, "float32"))
+    size = ops.abs(_at_least_float32(error))
     return ops.where(size < beta, 0.5 * size * size / beta, size - 0.5 * beta)
 
 
-def _true_logit(logits, targets, alpha):
-    """x_t and alpha_t of §3.1, float32."""
-    logits = ops.cast(logits, "float32")
-    targets = ops.cast(targets, "float32")
-    x_t = logits * (2.0 * targets - 1.0)
-    weight = 1.0 if alpha is None else targets * alpha + (1.0 - targets) * (1.0 - alpha)
-    return x_t, weight
+def _on_true_logit(value, slope, logits, targets, alpha):
+    """alpha_t * value(x_t), whose derivative by the logit is y * alpha_t * slope(x_t), nothing kept in between."""
+    logits = _at_least_float32(logits)
+    targets = ops.cast(targets, logits.dtype)
+
+    @ops.custom_gradient
+    def loss(logits, targets):
+        def sign():
+            return 2.0 * targets - 1.0  # y
+
+        def weight():
+            return 1.0 if alpha is None else targets * alpha + (1.0 - targets) * (1.0 - alpha)  # alpha_t
+
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream  # PyTorch's comes by name
+            return upstream * (sign() * weight()) * slope(logits * sign()), ops.zeros_like(targets)
+
+        return weight() * value(logits * sign()), gradient
+
+    return loss(logits, targets)
+
+
+def _at_least_float32(x):
+    """Half precision comes up to float32, in which losses are computed and reduced."""
+    x = ops.convert_to_tensor(x)
+    return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
+
+
+class LogitLoss(keras.losses.Loss):
+    """A function of this module as a Keras loss on logits, called (targets, logits).
+
+    Element-wise unless `reduction` is given ("sum", "sum_over_batch_size", ...); computed and reduced in float32
+    under every mixed precision policy.
+    """
+
+    def __init__(self, function, settings, reduction, name, **kwargs):
+        super().__init__(name=name, reduction=reduction, **kwargs)
+        self.function, self.settings = function, settings
+        vars(self).update(settings)
+
+    def call(self, y_true, y_pred):
+        return self.function(y_pred, y_true, **self.settings)
+
+    def get_config(self):
+        return {**super().get_config(), **self.settings}
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")
-class FocalLoss(keras.losses.Loss):
-    """`focal` as a Keras loss on logits, called (targets, logits); element-wise unless `reduction` is given."""
+class CrossEntropyLoss(LogitLoss):
+    """`cross_entropy` as a Keras loss; with `alpha`, the balanced one of §3.1."""
+
+    def __init__(self, alpha=None, reduction="none", name="cross_entropy_loss", **kwargs):
+        super().__init__(cross_entropy, {"alpha": alpha}, reduction, name, **kwargs)
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class FocalLoss(LogitLoss):
+    """`focal` as a Keras loss."""
 
     def __init__(self, alpha=0.25, gamma=2.0, reduction="none", name="focal_loss", **kwargs):
-        super().__init__(name=name, reduction=reduction, **kwargs)
-        self.alpha = alpha
-        self.gamma = gamma
+        super().__init__(focal, {"alpha": alpha, "gamma": gamma}, reduction, name, **kwargs)
 
-    def call(self, y_true, y_pred):
-        return focal(y_pred, y_true, self.alpha, self.gamma)
 
-    def get_config(self):
-        return {**super().get_config(), "alpha": self.alpha, "gamma": self.gamma}
+@keras.saving.register_keras_serializable("retinanet_keras")
+class FocalStarLoss(LogitLoss):
+    """`focal_star` as a Keras loss."""
+
+    def __init__(self, alpha=0.25, gamma=2.0, beta=1.0, reduction="none", name="focal_star_loss", **kwargs):
+        super().__init__(focal_star, {"alpha": alpha, "gamma": gamma, "beta": beta}, reduction, name, **kwargs)
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class HingeLoss(LogitLoss):
+    """`hinge` as a Keras loss."""
+
+    def __init__(self, alpha=None, threshold=0.5, reduction="none", name="hinge_loss", **kwargs):
+        super().__init__(hinge, {"alpha": alpha, "threshold": threshold}, reduction, name, **kwargs)
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")

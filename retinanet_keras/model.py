@@ -10,12 +10,11 @@ import keras
 from keras import ops
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import detections, losses
+from retinanet_keras import detections, losses, objective, pretrained
 from retinanet_keras.anchors import anchor_boxes, level_sizes
-from retinanet_keras.config import AnchorConfig, DetectionConfig, TargetConfig, UserError
+from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig
 from retinanet_keras.pyramid import FeaturePyramid
 from retinanet_keras.subnets import Subnet
-from retinanet_keras.targets import IGNORE, assign
 
 PAD_COLOR = tuple(round(mean) for mean in backbones.MEAN)  # RGB; about zero after normalisation
 SIZE_MULTIPLE = 32  # C5's stride: every level divides evenly
@@ -30,23 +29,28 @@ class RetinaNet(keras.Model):
 
     Args:
         num_classes: K.
-        backbone: "resnet18", "resnet50", "resnet101" or "resnet152".
+        backbone: "resnet18", "resnet50", "resnet101", "resnet152" or "resnext101_32x8d"; or a Keras model of its own
+            weights, see `backbone.of_keras_model`, to which the settings of ResNets do not apply.
         weights: of the backbone: None for random ones, "imagenet", or a file of `save_weights`.
         anchors, targets, detection: settings of anchors, of their assignment, and of inference.
         fpn_channels: of the pyramid and the subnets.
         head_depth: convs in a subnet before its last.
         prior: initial foreground probability of every anchor, pi of §4.1.
-        norm: in the backbone, "frozen", "batch" or "group"; None: "frozen" with pre-trained weights, else "group", as
+        norm: in the ResNet, "frozen", "batch" or "group"; None: "frozen" with pre-trained weights, else "group", as
             frozen batch normalisation cannot be trained from random weights.
-        width: channels of the backbone's stem.
-        freeze_at: backbone stages not trained; None: 2 (the stem and res2) with pre-trained weights, else 0.
+        width: channels of the ResNet's stem.
+        freeze_at: ResNet stages not trained; None: 2 (the stem and res2) with pre-trained weights, else 0.
+        stride_in, norm_epsilon: of the ResNet, see `backbone.resnet`.
+        p6_source, head_norm: see `FeaturePyramid` and `Subnet`.
+        pixel_mean, pixel_std: RGB, of 0..255; pixels become (pixel - mean) / std. None: those of `weights`.
         categories: list of {"label", "id", "name"}, carried along to files and exports; None for none.
     """
 
     def __init__(
         self, num_classes, backbone="resnet50", *, weights=None, anchors=AnchorConfig(), targets=TargetConfig(),  # noqa: B008
         detection=DetectionConfig(), fpn_channels=256, head_depth=4, prior=0.01, norm=None, width=64, freeze_at=None,  # noqa: B008
-        categories=None, **kwargs,
+        stride_in=None, norm_epsilon=backbones.EPSILON, p6_source="c5", head_norm=None, pixel_mean=None,
+        pixel_std=None, categories=None, **kwargs,
     ):  # fmt: skip
         super().__init__(**kwargs)
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
@@ -54,24 +58,32 @@ class RetinaNet(keras.Model):
         self.num_classes = num_classes
         self.anchors, self.targets, self.detection = anchors, targets, detection
         self.categories = categories
-        norm = norm or ("frozen" if weights else "group")
-        freeze_at = (2 if weights else 0) if freeze_at is None else freeze_at
+        self.pixel_std = tuple(pixel_std or backbones.STD)
+        if isinstance(backbone, keras.Model):
+            if weights or norm or freeze_at or stride_in:
+                raise ValueError(
+                    "weights, norm, freeze_at and stride_in are of the ResNets made here; a Keras model given as "
+                    "backbone has weights of its own: freeze its layers by their `trainable`"
+                )
+            self.backbone = backbones.of_keras_model(backbone)
+        else:
+            norm = norm or ("frozen" if weights else "group")
+            freeze_at = (2 if weights else 0) if freeze_at is None else freeze_at
+            self.backbone = backbones.resnet(
+                backbone, width=width, norm=norm, stride_in=stride_in, epsilon=norm_epsilon
+            )
+            own_mean = pretrained.load(self.backbone, weights, self.pixel_std) if weights else None
+            pixel_mean = pixel_mean or own_mean
+            backbones.freeze(self.backbone, freeze_at)
+        self.pixel_mean = tuple(pixel_mean or backbones.MEAN)
         self._settings = {
             "num_classes": num_classes, "backbone": backbone, "fpn_channels": fpn_channels, "head_depth": head_depth,
-            "prior": prior, "norm": norm, "width": width, "freeze_at": freeze_at, "categories": categories,
+            "prior": prior, "norm": norm, "width": width, "freeze_at": freeze_at, "stride_in": stride_in,
+            "norm_epsilon": norm_epsilon, "p6_source": p6_source, "head_norm": head_norm,
+            "pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std, "categories": categories,
         }  # fmt: skip
-        self.backbone = backbones.resnet(backbone, width=width, norm=norm)
-        if weights == "imagenet":
-            backbones.load_imagenet(self.backbone)
-        elif weights:
-            try:
-                self.backbone.load_weights(weights)
-            except (OSError, ValueError) as error:
-                first = str(error).strip().split("\n")[0]
-                raise UserError(f"weights: {weights} cannot be loaded into a {backbone} ({first})") from None
-        backbones.freeze(self.backbone, freeze_at)
-        self.pyramid = FeaturePyramid(fpn_channels, name="pyramid")
-        head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth}
+        self.pyramid = FeaturePyramid(fpn_channels, p6_source, name="pyramid")
+        head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth, "norm": head_norm}
         self.class_subnet = Subnet(values=num_classes, prior=prior, name="class_subnet", **head)
         self.box_subnet = Subnet(values=4, name="box_subnet", **head)
         self.classification_tracker = keras.metrics.Mean("classification_loss")
@@ -91,16 +103,17 @@ class RetinaNet(keras.Model):
         self.built = True
 
     def call(self, images, training=False):
-        x = normalise(images)
-        x = ops.cast(x, self.compute_dtype)
-        levels = self.pyramid(self.backbone(x, training=training))
+        return self._forward(self._normalise(images), training)
+
+    def _forward(self, x, training):
+        levels = self.pyramid(self.backbone(ops.cast(x, self.compute_dtype), training=training))
         return {"logits": self.class_subnet(levels), "deltas": self.box_subnet(levels)}
 
     # Training
 
     def compile(
         self, optimizer="sgd", classification_loss=None, box_loss=None, *, box_weight=1.0, normalizer="image",
-        jit_compile="auto", **kwargs,
+        mining=None, jit_compile="auto", **kwargs,
     ):  # fmt: skip
         """Configure training.
 
@@ -110,7 +123,9 @@ class RetinaNet(keras.Model):
             box_loss: called (target deltas, deltas), element-wise; None: `losses.SmoothL1Loss()`.
             box_weight: weight of the box loss in the sum.
             normalizer: "image", each image's loss is divided by its own number of positive anchors (§4.1), then
-                averaged; "minibatch", the sum is divided by the sum of positives + 1 (Detectron).
+                averaged; "minibatch", the sum is divided by the sum of positives + 1, counted as Detectron does.
+            mining: a MiningConfig: the classification loss is of each image's hardest anchors only (§5.1); the box
+                loss and the normaliser stay those of all. None: of all anchors.
             jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
         """
         if normalizer not in ("image", "minibatch"):
@@ -118,6 +133,7 @@ class RetinaNet(keras.Model):
         self.classification_loss = keras.losses.get(classification_loss) or losses.FocalLoss()
         self.box_loss = keras.losses.get(box_loss) or losses.SmoothL1Loss()
         self.box_weight, self.normalizer, self.jit_step = box_weight, normalizer, jit_compile
+        self.mining = mining if mining and mining.batch_size else None
         self._gradients = None
         on_tensorflow = keras.backend.backend() == "tensorflow"
         # Keras would wrap the whole of a distributed step in XLA, which fails; `_gradients` is what is compiled.
@@ -129,41 +145,23 @@ class RetinaNet(keras.Model):
         config = {
             "optimizer": self.optimizer, "classification_loss": self.classification_loss, "box_loss": self.box_loss,
             "box_weight": self.box_weight, "normalizer": self.normalizer, "jit_compile": self.jit_step,
+            "mining": self.mining and dataclasses.asdict(self.mining),
         }  # fmt: skip
         return keras.saving.serialize_keras_object(config)
 
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        config = keras.saving.deserialize_keras_object(config)
+        mining = config.pop("mining", None)
+        self.compile(**config, mining=mining and MiningConfig(**mining))
         self.optimizer.build(self.trainable_variables)
 
     def loss_terms(self, images, truth, outputs):
-        """The unnormalised losses of a batch, and what to divide them by.
-
-        Args:
-            images: the batch, for its size.
-            truth: dict of boxes [B, N, 4], absolute pixels of the images, and labels [B, N], -1 in padding.
-            outputs: of the model for these images.
-
-        Returns:
-            (classification, box, divisor, positives): float32 scalars. The losses are sums over the batch; sums and
-            divisors of several batches may be added up before dividing. positives: the number of positive anchors.
-        """
-        class_targets, box_targets = assign(
-            self._anchors_of(images)[0], truth["boxes"], truth["labels"], **dataclasses.asdict(self.targets)
-        )  # [B, A], [B, A, 4]
-        class_targets, box_targets = ops.stop_gradient(class_targets), ops.stop_gradient(box_targets)
-        positive = class_targets >= 0
-        count = ops.sum(ops.cast(positive, "float32"), axis=1)  # [B]
-        classification = _sum_classification(self.classification_loss, class_targets, outputs["logits"])  # [B]
-        box = ops.sum(_elementwise(self.box_loss, box_targets, outputs["deltas"]), axis=-1)  # [B, A]
-        box = ops.sum(ops.where(positive, box, 0.0), axis=1)  # [B]
-        if self.normalizer == "image":
-            classification, box = (ops.sum(loss / ops.maximum(count, 1.0)) for loss in (classification, box))
-            divisor = ops.cast(ops.shape(count)[0], "float32")
-        else:
-            classification, box = ops.sum(classification), ops.sum(box)
-            divisor = ops.sum(count + 1.0)
-        return classification, box, divisor, ops.sum(count)
+        """`objective.loss_terms` of a batch of images as compiled; truth: dict of boxes [B, N, 4] and labels [B, N]."""
+        return objective.loss_terms(
+            outputs, truth["boxes"], truth["labels"], self._anchors_of(images, SIZE_MULTIPLE)[0],
+            target_config=self.targets, classification_loss=self.classification_loss, box_loss=self.box_loss,
+            normalizer=self.normalizer, mining_config=self.mining,
+        )  # fmt: skip
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of one batch; evaluation uses it on every backend, and training where there is no own train step."""
@@ -179,7 +177,10 @@ class RetinaNet(keras.Model):
 
         images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])  # `train_on_batch` gives three
         if self._gradients is None:
-            jit = bool(tf.config.list_physical_devices("GPU")) if self.jit_step == "auto" else self.jit_step
+            gpu = bool(tf.config.list_physical_devices("GPU"))
+            jit = gpu if self.jit_step == "auto" else self.jit_step
+            if jit and not gpu:
+                backbones.split_groups(self.backbone)
             self._gradients = tf.function(self._sums_and_gradients, jit_compile=jit, reduce_retracing=True)
         sums, gradients = self._gradients(images, truth["boxes"], truth["labels"])
         classification, box, divisor, positives = sums
@@ -246,17 +247,43 @@ class RetinaNet(keras.Model):
 
     def detect_in_graph(self, images, sizes):
         """`detect` without its own compilation, for use in a larger graph."""
-        outputs = self(images, training=False)
-        anchors, per_level = self._anchors_of(images)
+        settings = dataclasses.asdict(self.detection)
+        multiple = settings.pop("pad_multiple")
         sizes = ops.cast(sizes, "float32")
+        outputs = self._forward(self._normalise(images, multiple, sizes), False)
+        anchors, per_level = self._anchors_of(images, multiple)
         return detections.decode(
-            outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1],
-            **dataclasses.asdict(self.detection),
-        )  # fmt: skip
+            outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1], **settings
+        )
 
-    def _anchors_of(self, images):
-        """(anchors [A, 4], anchors per level) of a batch, at its padded size."""
-        height, width = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in ops.shape(images)[1:3])
+    def _normalise(self, images, multiple=SIZE_MULTIPLE, sizes=None):
+        """Pixels to network input: (RGB - mean) / std, padded with 0 at the right and the bottom.
+
+        Args:
+            images: RGB [B, H, W, 3] of 0..255, any dtype.
+            multiple: of which the padded height and width are.
+            sizes: float32 [B, 2], height and width of each image; what is beyond them becomes padding, too.
+
+        Returns:
+            float32 [B, H', W', 3].
+        """
+        height, width = ops.shape(images)[1:3]
+        mean, std = (ops.convert_to_tensor([float(v) for v in values]) for values in (self.pixel_mean, self.pixel_std))
+        x = (ops.cast(images, "float32") - mean) / std
+        if sizes is not None:
+            rows, columns = (ops.cast(ops.arange(side), "float32") for side in (height, width))
+            inside = (rows[None, :, None] < sizes[:, :1, None]) & (
+                columns[None, None] < sizes[:, 1:, None]
+            )  # [B, H, W]
+            x = ops.where(inside[..., None], x, 0.0)
+        bottom, right = -height % multiple, -width % multiple
+        if not (isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0):
+            x = ops.pad(x, [[0, 0], [0, bottom], [0, right], [0, 0]])
+        return x
+
+    def _anchors_of(self, images, multiple):
+        """(anchors [A, 4], anchors per level) of a batch, padded to a multiple."""
+        height, width = (-(-side // multiple) * multiple for side in ops.shape(images)[1:3])
         return anchor_boxes(height, width, self.anchors), level_sizes(height, width, self.anchors)
 
     # Saving
@@ -264,69 +291,23 @@ class RetinaNet(keras.Model):
     def get_config(self):
         """Everything but the weights; a reloaded model does not fetch pre-trained ones again."""
         settings = {name: dataclasses.asdict(getattr(self, name)) for name in ("anchors", "targets", "detection")}
+        if isinstance(self._settings["backbone"], keras.Model):
+            settings["backbone"] = keras.saving.serialize_keras_object(self.backbone)
         return {**super().get_config(), **self._settings, **settings}
 
     @classmethod
     def from_config(cls, config):
         kinds = {"anchors": AnchorConfig, "targets": TargetConfig, "detection": DetectionConfig}
         settings = {}
+        if isinstance(config["backbone"], dict):
+            settings["backbone"] = keras.saving.deserialize_keras_object(config["backbone"])
         for name, kind in kinds.items():
             values = dict(config[name])
             settings[name] = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
         return cls(**{**config, **settings})
 
 
-def normalise(images):
-    """Pixels to network input: padded to multiples of 32 with the mean colour, then (RGB - mean) / std.
-
-    Padding is at the right and the bottom.
-
-    Args:
-        images: RGB [B, H, W, 3] of 0..255, any dtype.
-
-    Returns:
-        float32 [B, H', W', 3].
-    """
-    # Padding is PAD_COLOR, whole numbers, so that uint8 images padded beforehand give the same.
-    color = ops.convert_to_tensor([float(c) for c in PAD_COLOR])
-    x = ops.cast(images, "float32") - color
-    bottom, right = (-side % SIZE_MULTIPLE for side in ops.shape(images)[1:3])
-    if not (isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0):
-        x = ops.pad(x, [[0, 0], [0, bottom], [0, right], [0, 0]])
-    mean, std = (ops.convert_to_tensor([float(v) for v in values]) for values in (backbones.MEAN, backbones.STD))
-    return (x + (color - mean)) / std
-
-
 def _own_sizes(images):
     """Height and width of every image of a batch, int [B, 2]."""
     batch, height, width = ops.shape(images)[:3]
     return ops.tile(ops.stack([height, width])[None], (batch, 1))
-
-
-def _sum_classification(loss, class_targets, logits):
-    """The classification loss of each image, summed over its anchors that are not ignored, and classes.
-
-    Every logit counts as a negative, then the one logit of each positive anchor is corrected: no [B, A, K] targets.
-
-    Args:
-        loss: element-wise, called (0/1 targets, logits).
-        class_targets: int32 [B, A].
-        logits: [B, A, K].
-
-    Returns:
-        float32 [B].
-    """
-    per_anchor = ops.sum(_elementwise(loss, ops.zeros_like(logits), logits), axis=-1)  # [B, A]
-    per_anchor = ops.where(class_targets == IGNORE, 0.0, per_anchor)
-    own = ops.take_along_axis(logits, ops.maximum(class_targets, 0)[..., None], axis=-1)  # [B, A, 1]
-    change = _elementwise(loss, ops.ones_like(own), own) - _elementwise(loss, ops.zeros_like(own), own)
-    return ops.sum(per_anchor + ops.where(class_targets >= 0, change[..., 0], 0.0), axis=1)
-
-
-def _elementwise(loss, targets, predictions):
-    """Unreduced float32 values of any Keras loss or function, of the predictions' shape.
-
-    Keras's own losses average over the last axis, here one of length 1; `call` comes before any other reduction.
-    """
-    values = getattr(loss, "call", loss)(targets[..., None], predictions[..., None])
-    return ops.cast(ops.reshape(values, ops.shape(predictions)), "float32")

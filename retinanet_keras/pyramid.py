@@ -8,13 +8,17 @@ from keras import layers
 class FeaturePyramid(layers.Layer):
     """Top-down pathway with lateral connections for P3 to P5; P6 from C5 and P7 from ReLU(P6), both of stride 2.
 
+    `p6_source`: "c5" as the paper's; "p5" for weights trained so (torchvision's first).
+
     Call: dict of c3 [B, H/8, W/8, .], c4 [B, H/16, W/16, .], c5 [B, H/32, W/32, .] -> list of p3 ... p7, each
     [B, ceil(H/2^l), ceil(W/2^l), channels]. H and W are multiples of 32.
     """
 
-    def __init__(self, channels=256, **kwargs):
+    def __init__(self, channels=256, p6_source="c5", **kwargs):
         super().__init__(**kwargs)
-        self.channels = channels
+        if p6_source not in ("c5", "p5"):
+            raise ValueError(f'p6_source: expected "c5" or "p5", got {p6_source!r}')
+        self.channels, self.p6_source = channels, p6_source
         self.laterals = {f"c{n}": _conv(channels, 1, f"lateral{n}") for n in (3, 4, 5)}
         self.outputs_ = {f"c{n}": _conv(channels, 3, f"output{n}") for n in (3, 4, 5)}
         self.pad = layers.ZeroPadding2D(1)
@@ -26,7 +30,7 @@ class FeaturePyramid(layers.Layer):
         for name in ("c3", "c4", "c5"):
             self.laterals[name].build(shapes[name])
             self.outputs_[name].build((None, None, None, self.channels))
-        self.p6.build(shapes["c5"])
+        self.p6.build(shapes["c5"] if self.p6_source == "c5" else (None, None, None, self.channels))
         self.p7.build((None, None, None, self.channels))
         self.built = True
 
@@ -34,12 +38,13 @@ class FeaturePyramid(layers.Layer):
         merged = {"c5": self.laterals["c5"](features["c5"])}
         for name, above in (("c4", "c5"), ("c3", "c4")):
             merged[name] = self.laterals[name](features[name]) + self.upsample(merged[above])
-        p6 = self.p6(self.pad(features["c5"]))
+        levels = [self.outputs_[name](merged[name]) for name in ("c3", "c4", "c5")]
+        p6 = self.p6(self.pad(features["c5"] if self.p6_source == "c5" else levels[-1]))
         p7 = self.p7(self.pad(keras.ops.relu(p6)))
-        return [self.outputs_[name](merged[name]) for name in ("c3", "c4", "c5")] + [p6, p7]
+        return [*levels, p6, p7]
 
     def get_config(self):
-        return {**super().get_config(), "channels": self.channels}
+        return {**super().get_config(), "channels": self.channels, "p6_source": self.p6_source}
 
 
 def _conv(channels, size, name, stride=1):

@@ -41,14 +41,14 @@ def decode(anchors, deltas):
     return np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=1)
 
 
-def anchors(height, width):
-    """The paper's anchors, one at a time. -> [A, 4]"""
+def anchors(height, width, size=4, scales=3, ratios=(0.5, 1, 2)):
+    """Anchors one at a time, the paper's by default. -> [A, 4]"""
     boxes = []
     for stride in (8, 16, 32, 64, 128):
         for row in range(int(np.ceil(height / stride))):
             for column in range(int(np.ceil(width / stride))):
-                for side in (4 * stride, 4 * stride * 2 ** (1 / 3), 4 * stride * 2 ** (2 / 3)):
-                    for ratio in (0.5, 1, 2):
+                for side in [size * stride * 2 ** (k / scales) for k in range(scales)]:
+                    for ratio in ratios:
                         w, h = side / ratio**0.5, side * ratio**0.5
                         x, y = (column + 0.5) * stride, (row + 0.5) * stride
                         boxes.append([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
@@ -76,6 +76,16 @@ def assign(anchors, boxes, labels, low_quality, positive=0.5, negative=0.4):
     classes[chosen] = labels[own[chosen]]
     deltas[chosen] = encode(anchors[chosen], boxes[own[chosen]])
     return classes, deltas
+
+
+def assigned(anchors, boxes, labels, positive=0.5):
+    """Detectron's count for its normaliser: best anchors of a box count even under the lower threshold."""
+    boxes = np.asarray(boxes, "float64").reshape(-1, 4)[np.asarray(labels).reshape(-1) >= 0]
+    if len(boxes) == 0:
+        return 0
+    overlap = iou(anchors, boxes)
+    forced = ((overlap == overlap.max(axis=0)) & (overlap > 0)).any(axis=1)
+    return int(((overlap.max(axis=1) >= positive) | forced).sum())
 
 
 def nms(boxes, scores, labels, threshold, most):
@@ -116,3 +126,18 @@ def conv(x, kernel, bias, stride=1):
     columns = range(0, x.shape[2] - size + 1, stride)
     windows = np.array([[x[:, r : r + size, c : c + size] for c in columns] for r in rows])  # [H, W, B, k, k, C]
     return np.einsum("hwbijc,ijcd->bhwd", windows, np.asarray(kernel, "float64")) + bias
+
+
+def ohem(losses, anchors, positive, valid, batch_size, nms_iou, ratio=None):
+    """§5.1, hard examples of one image by a whole NMS over the valid anchors. -> bool [A]"""
+    overlap = iou(anchors, anchors) > nms_iou
+    kept = []
+    for i in np.argsort(-np.asarray(losses, "float64"), kind="stable"):
+        if valid[i] and not overlap[i, kept].any():
+            kept.append(i)
+    chosen = kept[:batch_size]
+    if ratio is not None:
+        positives = [i for i in kept if positive[i]][:batch_size]
+        room = min(ratio * len(positives), batch_size - len(positives))
+        chosen = positives + [i for i in kept if not positive[i]][:room]
+    return np.isin(np.arange(len(losses)), chosen)

@@ -42,6 +42,20 @@ def test_equal_to_the_plain_loops(height, width):
     np.testing.assert_allclose(all_anchors(height, width), reference.anchors(height, width), rtol=1e-5, atol=1e-4)
 
 
+TABLE_1C = [(1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3), (4, 3)]  # scales, aspect ratios
+
+
+@pytest.mark.parametrize("height, width", [(256, 384), (203, 330)])
+@pytest.mark.parametrize("settings", [
+    *[{"scales": scales, "ratios": (1.0,) if ratios == 1 else (0.5, 1.0, 2.0)} for scales, ratios in TABLE_1C],
+    {"size": 2.0, "scales": 2, "ratios": (0.25, 0.5, 1.0, 3.0, 4.0)},
+])  # fmt: skip
+def test_the_settings_of_table_1c_equal_float64(settings, height, width):
+    """To a ten-thousandth of a pixel."""
+    found = all_anchors(height, width, AnchorConfig(**settings))
+    np.testing.assert_allclose(found, reference.anchors(height, width, **settings), rtol=0, atol=1e-4)
+
+
 def test_order_is_level_row_column_scale_ratio():
     anchors = all_anchors(128, 192)
     index = 0

@@ -1,4 +1,4 @@
-"""The backbone: shapes, padding, freezing, and keras.applications as a second implementation."""
+"""The backbone: shapes, padding, freezing, grouped convolutions, and Keras models of other libraries."""
 
 import keras
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from retinanet_keras import RetinaNet
 from retinanet_keras import backbone as backbones
-from retinanet_keras.config import UserError
 
 
 @pytest.mark.parametrize("name, channels", [("resnet18", (16, 32, 64)), ("resnet50", (64, 128, 256))])
@@ -104,63 +104,141 @@ def test_frozen_statistics_do_not_train_and_do_not_move():
         assert before and any((a != b).any() for a, b in zip(before, after, strict=True)) == moves
 
 
-# keras.applications
-
-
-@pytest.fixture(scope="module")
-def application():
-    """ResNet50 of keras.applications with random weights, statistics, and biases that are not zero."""
-    keras.utils.set_random_seed(0)
-    model = keras.applications.ResNet50(weights=None, include_top=False)
-    rng = np.random.default_rng(0)
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            shape = layer.gamma.shape
-            layer.set_weights([
-                rng.uniform(0.5, 1.0, shape), rng.normal(0, 0.2, shape),
-                rng.normal(0, 0.2, shape), rng.uniform(0.5, 2, shape),
-            ])  # fmt: skip
-        elif isinstance(layer, keras.layers.Conv2D):
-            layer.bias.assign(rng.normal(0, 0.2, layer.bias.shape))
-    return model
-
-
-def test_equal_to_keras_applications(application):
-    model = backbones.resnet("resnet50", norm="frozen")
-    backbones.load_imagenet(model, application)
-    image = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3)).astype("float32")
-    ours = model((image - np.float32(backbones.MEAN)) / np.float32(backbones.STD), training=False)
-    layers = {"c3": "conv3_block4_out", "c4": "conv4_block6_out", "c5": "conv5_block3_out"}
-    theirs = keras.Model(application.input, {k: application.get_layer(v).output for k, v in layers.items()})
-    theirs = theirs(keras.applications.resnet.preprocess_input(image.copy()), training=False)
-    for name in layers:
-        expected = ops.convert_to_numpy(theirs[name])
-        assert expected.std() > 0.01
-        np.testing.assert_allclose(ours[name], expected, atol=1e-3 * expected.max())
-
-
-def test_as_many_weights_as_keras_applications(application):
-    ours = backbones.resnet("resnet50", norm="frozen")
-    biases = sum(layer.bias.shape[0] for layer in application.layers if isinstance(layer, keras.layers.Conv2D))
-    assert ours.count_params() == application.count_params() - biases
-
-
 # Errors
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(ValueError, match="resnet18, resnet50, resnet101, resnet152, got 'resnet34'"):
+    with pytest.raises(ValueError, match="resnet152, resnext101_32x8d, got 'resnet34'"):
         backbones.resnet("resnet34")
     with pytest.raises(ValueError, match='"frozen", "batch" or "group", got \'layer\''):
         backbones.resnet(norm="layer")
-    with pytest.raises(ValueError, match="not for resnet18"):
-        backbones.load_imagenet(backbones.resnet("resnet18", width=8))
+    with pytest.raises(ValueError, match='"1x1", "3x3" or None, got 3'):
+        backbones.resnet(stride_in=3)
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    def fail(**_):
-        raise Exception("URL fetch failure")
+# Where the stride is, and ResNeXt
 
-    monkeypatch.setattr(keras.applications, "ResNet50", fail)
-    with pytest.raises(UserError, match="model.weights"):
-        backbones.load_imagenet(backbones.resnet("resnet50", width=8, norm="frozen"))
+
+@pytest.mark.parametrize("name, stride_in, expected", [
+    ("resnet50", None, {"conv1": 2, "conv2": 1}), ("resnet50", "1x1", {"conv1": 2, "conv2": 1}),
+    ("resnet50", "3x3", {"conv1": 1, "conv2": 2}), ("resnext101_32x8d", None, {"conv1": 1, "conv2": 2}),
+])  # fmt: skip
+def test_the_stride_is_in(name, stride_in, expected):
+    model = backbones.resnet(name, stride_in=stride_in)
+    for stage in (3, 4, 5):
+        assert {conv: model.get_layer(f"res{stage}_0_{conv}").strides[0] for conv in expected} == expected
+        assert model.get_layer(f"res{stage}_0_shortcut").strides[0] == 2
+
+
+def test_resnext_has_its_papers_shape():
+    """ResNeXt-101-32x8d: 88,791,336 weights with the classifier's 2048 x 1000 + 1000, without statistics."""
+    model = backbones.resnet("resnext101_32x8d", norm="batch")
+    assert sum(v.shape.num_elements() for v in model.trainable_variables) == 88_791_336 - 2_049_000
+    assert tuple(model.get_layer("res2_0_conv2").kernel.shape) == (3, 3, 8, 256)
+    assert tuple(model.get_layer("res5_2_conv2").kernel.shape) == (3, 3, 64, 2048)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("stride, padding", [(1, "same"), (2, "valid")])
+def test_a_grouped_convolution_is_the_same_either_way(stride, padding, jit):
+    """One kernel or one for each group: NumPy's values, and the same gradients."""
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(2, 7, 9, 64)).astype("float32"))
+    layer = backbones.GroupedConv2D(96, 3, stride, padding, groups=32, use_bias=False)
+    layer.build(x.shape)
+    found = {}
+    for layer.split in (False, True):
+
+        @tf.function(jit_compile=jit)
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x)
+                total = tf.reduce_sum(y**2)
+            return y, *tape.gradient(total, [x, layer.kernel.value])
+
+        found[layer.split] = [value.numpy() for value in step(x)]
+    kernel = ops.convert_to_numpy(layer.kernel)
+    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]) if padding == "same" else x.numpy()
+    for group in range(32):
+        mine = slice(3 * group, 3 * group + 3)
+        windows = np.lib.stride_tricks.sliding_window_view(padded[..., 2 * group : 2 * group + 2], (3, 3), (1, 2))
+        expected = np.einsum("bhwcij,ijcd->bhwd", windows[:, ::stride, ::stride], kernel[..., mine])
+        np.testing.assert_allclose(found[False][0][..., mine], expected, atol=1e-5)
+    for whole, split in zip(found[False], found[True], strict=True):
+        np.testing.assert_allclose(whole, split, rtol=1e-4, atol=1e-4)
+
+
+def test_the_epsilon_is_that_of_every_norm():
+    model = backbones.resnet("resnet18", width=8, norm="frozen", epsilon=0.25)
+    assert {layer.epsilon for layer in model.layers if isinstance(layer, backbones.BatchNorm)} == {0.25}
+
+
+# Backbones of other libraries
+
+
+def pyramid_of(model):
+    """The strides and channels a backbone has, and one forward pass of RetinaNet on it."""
+    net = RetinaNet(3, model, fpn_channels=16, head_depth=1)
+    features = net.backbone(np.zeros((1, 64, 96, 3), "float32"))
+    assert {name: tuple(value.shape[1:3]) for name, value in features.items()} == {
+        "c3": (8, 12), "c4": (4, 6), "c5": (2, 3)
+    }  # fmt: skip
+    return net
+
+
+def of_keras_cv():
+    import keras_cv
+
+    return keras_cv.models.ResNetBackbone(
+        stackwise_filters=[8, 16, 32, 64], stackwise_blocks=[1, 1, 1, 1], stackwise_strides=[1, 2, 2, 2],
+        include_rescaling=False, block_type="block",
+    )  # fmt: skip
+
+
+def of_keras_hub():
+    import keras_hub
+
+    return keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64], input_conv_kernel_sizes=[7], stackwise_num_filters=[64, 16, 16, 16],
+        stackwise_num_blocks=[1, 1, 1, 1], stackwise_num_strides=[1, 2, 2, 2], block_type="basic_block",
+        use_pre_activation=False,
+    )  # fmt: skip
+
+
+def of_keras():
+    images = keras.Input((None, None, 3))
+    x, outputs = images, {}
+    for level in range(1, 6):
+        x = keras.layers.Conv2D(8, 3, 2, "same", activation="relu")(x)
+        outputs[f"c{level}"] = x
+    return keras.Model(images, outputs)
+
+
+@pytest.mark.parametrize("make", [of_keras_cv, of_keras_hub, of_keras])
+def test_a_model_of_another_library_goes_in_as_it_is(make, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = make()
+    net = pyramid_of(model)
+    before = ops.convert_to_numpy(model.trainable_variables[0])
+    net.compile(keras.optimizers.SGD(0.01))
+    truth = {"boxes": np.float32([[[8, 8, 50, 40]]]), "labels": np.array([[1]])}
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3)).astype("uint8")
+    assert np.isfinite(net.fit(images, truth, verbose=0).history["loss"][0])
+    assert (ops.convert_to_numpy(model.trainable_variables[0]) != before).any()  # the weights are the model's own
+
+    net.save(tmp_path / "net.keras")
+    again = keras.models.load_model(tmp_path / "net.keras")
+    for name, value in net(images).items():
+        np.testing.assert_allclose(again(images)[name], value, atol=1e-5)
+
+
+def test_a_model_without_the_three_levels_is_refused():
+    images = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(8, 3, 2, "same")(images)
+    with pytest.raises(ValueError, match="c3, c4 and c5"):
+        RetinaNet(3, keras.Model(images, x))
+    with pytest.raises(ValueError, match="expected strides .* has {'c3': 2, 'c4': 2, 'c5': 2}"):
+        RetinaNet(3, keras.Model(images, {"c3": x, "c4": x, "c5": x}))
+    with pytest.raises(ValueError, match="freeze_at"):
+        RetinaNet(3, of_keras(), freeze_at=2)

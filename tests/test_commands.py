@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from retinanet_keras import commands
-from retinanet_keras.config import UserError
+from retinanet_keras.config import DetectionConfig, UserError
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.training.checkpoints import load_run
@@ -47,6 +47,7 @@ def run_copy(finished, tmp_path):
         (["train.py", "--config", "README.md"], "is not JSON: line 1"),
         (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
         (["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"], "neither a run's folder"),
+        (["-m", "retinanet_keras", "convert", "README.md", "x.keras"], "README.md is not a .pkl of Detectron"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(command, answer):
@@ -117,10 +118,31 @@ def test_evaluate_refuses_what_does_not_fit(run_copy):
 
 
 def test_export_makes_the_next_version(run_copy, tmp_path, capsys):
-    assert commands.export(run_copy, tmp_path / "served") == 0
-    assert commands.export(run_copy, tmp_path / "served") == 0
+    assert commands.export(tmp_path / "served", run_copy) == 0
+    assert commands.export(tmp_path / "served", run_copy) == 0
     assert sorted(p.name for p in (tmp_path / "served").iterdir()) == ["1", "2"]
     assert str(tmp_path / "served/2") in capsys.readouterr().out
+
+
+def test_a_keras_file_is_detected_with_and_exported(small_model, tmp_path, capsys):
+    """Without a run: as after `convert`, at the paper's size."""
+    categories = [{"label": i, "id": i + 3, "name": f"c{i}"} for i in range(3)]
+    model = small_model(categories=categories, prior=0.3, detection=DetectionConfig(score_threshold=0.0))
+    model.save(tmp_path / "model.keras")
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (45, 60, 3), "uint8")).save(image)
+    assert commands.export(tmp_path / "served", weights=tmp_path / "model.keras") == 0
+    capsys.readouterr()
+    tables = []
+    for source in (tmp_path / "model.keras", tmp_path / "served"):
+        assert commands.detect(source, [image], tmp_path / "out", min_score=0.0) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and " c1 " in tables[0]
+    (tmp_path / "bad.keras").write_text("no model")
+    with pytest.raises(DataError, match="--model: .*no model that Keras can load"):
+        commands.detect(tmp_path / "bad.keras", [image], tmp_path / "out", 0.3)
+    with pytest.raises(DataError, match="--weights: there is no file"):
+        commands.export(tmp_path / "served", weights=tmp_path / "none.keras")
 
 
 def test_detect_reads_every_kind_of_image_and_goes_on_past_broken_ones(run_copy, tmp_path, capsys):

@@ -113,7 +113,7 @@ def test_unknown_keys_name_the_path_and_the_nearest_key(tree, key, nearest):
 
 def test_an_unknown_key_like_no_other_names_the_sections():
     message = error_of({"qqqqqqq": 1})
-    assert "unknown key qqqqqqq." in message and "data, detection, eval, loss, model, targets, train" in message
+    assert "unknown key qqqqqqq." in message and "data, detection, eval, loss, mining, model, targets, train" in message
 
 
 # Values

@@ -6,7 +6,7 @@ import reference
 import tensorflow as tf
 from keras import ops
 
-from retinanet_keras import detections
+from retinanet_keras import detections, nms
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 
 
@@ -57,12 +57,16 @@ def outputs(seed, batch, anchors, num_classes):
     return logits, rng.normal(0, 0.5, (batch, len(anchors), 4)).astype("float32")
 
 
-def test_equal_to_numpy_at_80_classes():
-    anchors = ops.convert_to_numpy(anchor_boxes(160, 160))
-    sizes = level_sizes(160, 160)
-    assert len(anchors) == 4842
+@pytest.mark.parametrize("suppression", ["kernel", "loop"])
+def test_equal_to_numpy_at_80_classes(suppression, monkeypatch):
+    """With TensorFlow's kernel, and with the loop that other backends run."""
+    if suppression == "loop":
+        monkeypatch.setattr(nms, "_tensorflow_kernel", lambda b, s, labels, _, *rest: nms.greedy(b, s, labels, *rest))
+    anchors = ops.convert_to_numpy(anchor_boxes(320, 416))
+    sizes = level_sizes(320, 416)
+    assert len(anchors) == 24993
     logits, deltas = outputs(0, 2, anchors, 80)
-    heights, widths = np.float32([160, 97]), np.float32([130, 160])
+    heights, widths = np.float32([320, 201]), np.float32([390, 416])
     found = run(logits, deltas, anchors, sizes, heights, widths)
     assert found["boxes"].shape == (2, 100, 4)
     for b in range(2):

@@ -11,16 +11,16 @@ import tensorflow as tf
 from keras import ops
 
 import retinanet_keras
-from retinanet_keras import RetinaNet, boxes, detections, load_config, losses, optimizers, targets
+from retinanet_keras import RetinaNet, boxes, checkpoints, detections, load_config, losses, mining, optimizers, targets
 from retinanet_keras.anchors import anchor_boxes, level_sizes
-from retinanet_keras.config import AnchorConfig, DetectionConfig, TargetConfig, TrainConfig
+from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig, TrainConfig
 from retinanet_keras.model import PAD_COLOR
 
-TRUTH = {  # of 64 x 64 images: two boxes and padding; none; one box that is too small for any anchor
+TRUTH = {  # of 64 x 64 images: two boxes and padding; none; one box that is too thin for any anchor
     "boxes": np.float32([
         [[4, 4, 40, 36], [30, 20, 62, 60], [0, 0, 0, 0]],
         [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
-        [[10, 10, 20, 19], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [[0, 3, 7, 49], [0, 0, 0, 0], [0, 0, 0, 0]],
     ]),
     "labels": np.int32([[0, 2, -1], [-1, -1, -1], [1, -1, -1]]),
 }  # fmt: skip
@@ -64,7 +64,10 @@ def numpy_loss(model, normalizer, truth=TRUTH, box_weight=1.0):
     whole = np.array(classification) + box_weight * np.array(box)
     if normalizer == "image":
         return (whole / np.maximum(counts, 1)).mean()
-    return whole.sum() / (np.array(counts) + 1).sum()
+    assigned = [reference.assigned(anchors, truth["boxes"][b], truth["labels"][b]) for b in range(len(IMAGES))]
+    if truth is TRUTH:
+        assert sum(assigned) > sum(counts)  # the best anchor of the thin box is under the lower threshold
+    return whole.sum() / (np.array(assigned) + 1).sum()
 
 
 # Calls
@@ -86,10 +89,34 @@ def test_call_shapes(small_model, height, width):
 def test_unpadded_equals_padded_by_the_caller(small_model):
     model = lively(small_model())
     image = np.random.default_rng(0).integers(0, 256, (1, 100, 130, 3)).astype("uint8")
-    padded = np.tile(np.uint8(PAD_COLOR), (1, 128, 160, 1))
+    padded = np.tile(np.float32(model.pixel_mean), (1, 128, 160, 1))
     padded[:, :100, :130] = image
     for a, b in zip(numpy_of(model(image)).values(), numpy_of(model(padded)).values(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_detections_do_not_depend_on_what_is_beyond_the_image(small_model):
+    """Nor on how far that goes, as long as the padded size is the same."""
+    model = lively(small_model(detection=SHOW_ALL, anchors=AnchorConfig(size=1.0)))
+    image = np.random.default_rng(0).integers(0, 256, (1, 100, 130, 3)).astype("uint8")
+    expected = numpy_of(model.detect(image))
+    assert expected["count"] > 5
+    for color, height, width in ((PAD_COLOR, 128, 160), ((0, 0, 0), 128, 160), ((255, 0, 255), 101, 140)):
+        padded = np.tile(np.uint8(color), (1, height, width, 1))
+        padded[:, :100, :130] = image
+        for name, value in numpy_of(model.detect(padded, [[100, 130]])).items():
+            np.testing.assert_allclose(value, expected[name], atol=1e-3)
+
+
+def test_a_larger_multiple_to_pad_to(small_model):
+    """As if the caller had padded."""
+    plain = lively(small_model(detection=SHOW_ALL))
+    padding = lively(small_model(detection=dataclasses.replace(SHOW_ALL, pad_multiple=128)))
+    expected = numpy_of(plain.detect(np.pad(IMAGES, [(0, 0), (0, 64), (0, 64), (0, 0)]), [[64, 64]] * 3))
+    found = numpy_of(padding.detect(IMAGES))
+    assert np.abs(found["scores"] - numpy_of(plain.detect(IMAGES))["scores"]).max() > 1e-4
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], atol=5e-3)
 
 
 def test_pixels_are_normalised_as_rgb(small_model):
@@ -126,14 +153,10 @@ def test_detect_is_decode_of_the_outputs(small_model):
         "labels": ((3, 40), "int32"), "count": ((3,), "int32"),
     }  # fmt: skip
     outputs = model(IMAGES)
+    settings = dataclasses.asdict(SHOW_ALL)
+    settings.pop("pad_multiple")
     expected = detections.decode(
-        outputs["logits"],
-        outputs["deltas"],
-        anchor_boxes(64, 64),
-        level_sizes(64, 64),
-        64,
-        64,
-        **dataclasses.asdict(SHOW_ALL),
+        outputs["logits"], outputs["deltas"], anchor_boxes(64, 64), level_sizes(64, 64), 64, 64, **settings
     )
     assert found["count"].min() > 5
     for name, value in numpy_of(expected).items():
@@ -170,7 +193,7 @@ def test_boxes_are_clipped_to_sizes(small_model):
 
 
 def test_predict_equals_detect(small_model):
-    model = lively(small_model(detection=SHOW_ALL))
+    model = lively(small_model(detection=SHOW_ALL, anchors=AnchorConfig(size=1.0)))
     model.compile()
     sizes = np.int32([[64, 64], [30, 50], [20, 64]])
     plain, clipped = numpy_of(model.detect(IMAGES)), numpy_of(model.detect(IMAGES, sizes))
@@ -259,7 +282,9 @@ def textbook_gradients(model, normalizer):
         if normalizer == "image":
             loss = tf.reduce_mean(per_image / tf.maximum(count, 1.0))
         else:
-            loss = tf.reduce_sum(per_image) / tf.reduce_sum(count + 1.0)
+            anchors = reference.anchors(64, 64)
+            assigned = [reference.assigned(anchors, TRUTH["boxes"][b], TRUTH["labels"][b]) + 1.0 for b in range(3)]
+            loss = tf.reduce_sum(per_image) / sum(assigned)
     return [g.numpy() for g in tape.gradient(loss, model.trainable_variables)]
 
 
@@ -274,6 +299,51 @@ def test_gradients_are_the_textbooks(small_model, normalizer):
         assert np.abs(gradient).max() > 0, variable.path
         scale = np.abs(gradient).max() + np.abs(old).max() * 1e-3
         np.testing.assert_allclose(old - new, gradient, atol=2e-3 * scale, err_msg=variable.path)
+
+
+@pytest.mark.parametrize("loss", [
+    losses.CrossEntropyLoss(0.3), losses.FocalStarLoss(0.3, 4.0, 0.5), losses.HingeLoss(None, 0.6),
+    losses.FocalLoss(None),
+])  # fmt: skip
+def test_every_loss_of_the_family_is_summed_without_one_hot_targets(small_model, loss):
+    """The value and gradient of the loss on one-hot targets."""
+    model = lively(small_model())
+    model.compile(classification_loss=loss)
+    logits = tf.constant(numpy_of(model(IMAGES))["logits"])
+    class_targets, _ = targets.assign(anchor_boxes(64, 64), TRUTH["boxes"], TRUTH["labels"])
+    one_hot, used = tf.one_hot(class_targets, 3), tf.cast(class_targets != -2, tf.float32)
+    outputs = {"logits": logits, "deltas": tf.zeros((3, logits.shape[1], 4))}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(logits)
+        ours = model.loss_terms(IMAGES, TRUTH, outputs)[0]
+        count = tf.reduce_sum(tf.cast(class_targets >= 0, tf.float32), 1)
+        each = tf.reduce_sum(loss(one_hot, logits) * used[..., None], [1, 2])
+        textbook = tf.reduce_sum(each / tf.maximum(count, 1.0))
+    np.testing.assert_allclose(ours, textbook, rtol=1e-5)
+    np.testing.assert_allclose(tape.gradient(ours, logits), tape.gradient(textbook, logits), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("ratio", [None, 3])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_mining_trains_on_the_hardest_anchors_alone(small_model, ratio, jit_compile):
+    """The classification loss is that of the anchors that NumPy's NMS over their losses leaves; the box loss stays."""
+    settings = MiningConfig(batch_size=20, nms_iou=0.5, ratio=ratio)
+    model = lively(small_model())
+    model.compile(classification_loss=losses.CrossEntropyLoss(), mining=settings, jit_compile=jit_compile)
+    logits, anchors = numpy_of(model(IMAGES))["logits"], reference.anchors(64, 64)
+    expected = []
+    for b in range(3):
+        classes, _ = reference.assign(anchors, TRUTH["boxes"][b], TRUTH["labels"][b], "detectron")
+        one_hot = np.eye(3)[np.maximum(classes, 0)] * (classes >= 0)[:, None]
+        each = reference.focal(logits[b], one_hot, None, 0).sum(axis=1)
+        chosen = reference.ohem(each, anchors, classes >= 0, classes != -2, 20, 0.5, ratio)
+        assert chosen.sum() == (20 if ratio is None or (classes >= 0).any() else 0) or ratio
+        expected.append(each[chosen].sum() / max((classes >= 0).sum(), 1))
+    logs = model.train_on_batch(IMAGES, TRUTH, return_dict=True)
+    assert logs["classification_loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+    model.compile()
+    assert model.evaluate(IMAGES, TRUTH, verbose=0, return_dict=True)["box_loss"] > 0
+    assert logs["box_loss"] > 0
 
 
 def test_background_alone_trains_the_class_subnet(small_model):
@@ -369,6 +439,7 @@ def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_
         losses.SmoothL1Loss(0.2),
         box_weight=0.7,
         normalizer="minibatch",
+        mining=MiningConfig(batch_size=50, ratio=3),
     )
     for _ in range(2):
         model.train_on_batch(IMAGES, TRUTH)
@@ -378,6 +449,7 @@ def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_
     assert (again.anchors, again.targets, again.detection) == (model.anchors, model.targets, model.detection)
     assert list(map(dict, again.categories)) == categories
     assert (again.box_weight, again.normalizer) == (0.7, "minibatch")
+    assert again.mining == MiningConfig(batch_size=50, ratio=3)
     assert (again.classification_loss.gamma, again.box_loss.beta) == (1.0, 0.2)
     assert [v.path for v in again.trainable_variables] == [v.path for v in model.trainable_variables]
     found, expected = numpy_of(again.detect(IMAGES)), numpy_of(model.detect(IMAGES))
@@ -453,7 +525,7 @@ def test_names_others_call():
     assert names(boxes.iou) == ["a", "b"]
     assert names(boxes.encode) == ["anchors", "boxes"]
     assert names(boxes.decode) == ["anchors", "deltas"]
-    assert names(boxes.clip) == ["boxes", "height", "width"]
+    assert names(boxes.clip)[:3] == ["boxes", "height", "width"]
     assert names(targets.assign)[:3] == ["anchors", "gt_boxes", "gt_labels"]
     assert keywords(targets.assign) == {"positive_iou": 0.5, "negative_iou": 0.4, "low_quality": "detectron"}
     assert str(inspect.signature(losses.cross_entropy)) == "(logits, targets, alpha=None)"
@@ -462,6 +534,9 @@ def test_names_others_call():
     assert str(inspect.signature(losses.hinge)) == "(logits, targets, alpha=None, threshold=0.5)"
     assert str(inspect.signature(losses.smooth_l1)) == "(error, beta=0.11)"
     assert names(detections.decode)[:6] == ["logits", "deltas", "anchors", "level_sizes", "height", "width"]
-    assert keywords(detections.decode) == {
+    assert keywords(detections.decode).items() >= {
         "score_threshold": 0.05, "pre_nms_top_k": 1000, "nms_iou": 0.5, "max_detections": 100
-    }  # fmt: skip
+    }.items()  # fmt: skip
+    assert list(keywords(mining.select)) == ["batch_size", "nms_iou", "ratio"]
+    assert names(mining.select)[:4] == ["losses", "anchors", "positive", "valid"]
+    assert names(checkpoints.load)[0] == "path"

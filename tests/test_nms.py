@@ -65,6 +65,14 @@ def test_by_hand(run):
     np.testing.assert_array_equal(found_boxes[0, 3], [20, 20, 30, 30])
 
 
+def test_the_loop_takes_the_first_of_equal_scores():
+    """TensorFlow's kernel gives no order to equal scores."""
+    boxes = np.float32([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 9], [20, 0, 30, 10]]])
+    found, _, _, count = loop(boxes, np.full((1, 4), 0.5), np.zeros((1, 4)), 1, 0.5, 4)
+    assert count.tolist() == [2]
+    np.testing.assert_array_equal(found[0, :2], boxes[0, [0, 2]])
+
+
 @both
 def test_what_is_suppressed_suppresses_nothing(run):
     boxes = [[[0, 0, 10, 10], [0, 4, 10, 14], [0, 8, 10, 18]]]  # each overlaps the next by 6/14

@@ -17,10 +17,16 @@ TABLE = (
     ("boxes",),
     ("nms",),
     ("losses",),
-    ("anchors", "targets", "detections"),
+    ("mining", "anchors", "targets", "detections"),
+    ("objective",),
     ("backbone", "pyramid", "subnets"),
+    ("pretrained",),
     ("optimizers",),
     ("model",),
+    ("released.pickles",),
+    ("released.files",),
+    ("released.layouts",),
+    ("checkpoints",),
     ("data.rules",),
     ("data.coco",),
     ("data.shapes",),
@@ -44,7 +50,7 @@ TABLE = (
     ("__main__",),
 )
 ROW = {name: number for number, names in enumerate(TABLE) for name in names}
-MATHS = ("boxes", "nms", "losses", "anchors", "targets", "detections")
+MATHS = ("boxes", "nms", "losses", "mining", "anchors", "targets", "detections", "objective")
 
 
 def name_of(path):

@@ -93,7 +93,7 @@ def test_subnet_starts_from_sigma_01_and_the_prior(prior):
         assert np.abs(kernel).max() > 0.03  # Gaussian, neither uniform nor cut off
     for layer in subnet.tower:
         np.testing.assert_array_equal(layer.bias, 0)
-        assert layer.activation is keras.activations.relu
+        assert layer.activation is keras.activations.linear  # the subnet's own ReLU follows
     expected = 0 if prior is None else -math.log((1 - prior) / prior)
     np.testing.assert_allclose(subnet.final.bias, expected, rtol=1e-6)
     assert subnet.final.activation is keras.activations.linear

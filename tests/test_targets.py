@@ -10,6 +10,7 @@ from keras import ops
 
 from retinanet_keras import boxes
 from retinanet_keras.anchors import anchor_boxes
+from retinanet_keras.config import AnchorConfig
 from retinanet_keras.targets import BACKGROUND, IGNORE, assign
 
 RULES = ("none", "detectron", "all")
@@ -132,6 +133,37 @@ def test_ties_and_duplicates_equal_the_whole_matrix(seed, rule):
     gt_boxes[:, 4] = gt_boxes[:, 1]
     gt_labels = rng.integers(-1, 4, (3, 7))
     check(anchors, gt_boxes, gt_labels, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_full_set_of_anchors_equals_the_whole_matrix(rule):
+    """320 x 416: images with 20 boxes, with padding between boxes, with none, with copies, with boxes without area."""
+    rng = np.random.default_rng(10)
+    anchors = shaken_anchors(rng, 320, 416)
+    assert len(anchors) == 24993
+    gt_boxes, gt_labels = random_truth(rng, 5, 20, 400, num_classes=80)
+    gt_labels[0] = rng.integers(0, 80, 20)
+    gt_labels[1, [0, 3, 4, 19]] = -1
+    gt_labels[2] = -1
+    gt_boxes[3, 10:] = gt_boxes[3, :10]
+    gt_labels[3] = np.arange(20)
+    for n, order in enumerate([[2, 1, 0, 3], [0, 3, 2, 1], [2, 3, 0, 1], [0, 1, 0, 3], [0, 1, 2, 1]]):
+        gt_boxes[4, n] = gt_boxes[4, n, order]
+    classes = check(anchors, gt_boxes, gt_labels, rule)
+    assert (classes[[0, 1, 3, 4]] >= 0).sum(axis=1).min() > 20 and (classes[2] == BACKGROUND).all()
+    assert classes[3].max() < 10  # the first of equal boxes
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ties_on_a_full_set_of_anchors_equal_the_whole_matrix(rule):
+    """One square anchor per cell has corners of whole numbers, so that the equal IoUs of whole boxes are exact."""
+    rng = np.random.default_rng(11)
+    anchors = ops.convert_to_numpy(anchor_boxes(320, 416, AnchorConfig(scales=1, ratios=(1.0,))))
+    corner, sides = 4 * rng.integers(0, 90, (2, 40, 2)), 4 * rng.integers(0, 40, (2, 40, 2))
+    gt_boxes = np.concatenate([corner, corner + sides], axis=-1).astype("float32")
+    overlap = reference.iou(anchors, gt_boxes[0])
+    assert (np.sort(overlap, axis=0)[-1] == np.sort(overlap, axis=0)[-2]).sum() > 5  # boxes with several best anchors
+    check(anchors, gt_boxes, rng.integers(-1, 80, (2, 40)), rule)
 
 
 @pytest.mark.parametrize("rule", RULES)

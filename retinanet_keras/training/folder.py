@@ -127,12 +127,24 @@ def build_model(config, categories, weights=None):
         detection=config.detection, fpn_channels=model.fpn_channels, head_depth=model.head_depth, prior=model.prior,
         norm=model.norm, width=model.width, freeze_at=model.freeze_at, categories=categories.to_list(),
     )  # fmt: skip
+    loss = config.loss
     net.compile(
-        optimizers.build(config.train), losses.FocalLoss(config.loss.alpha, config.loss.gamma),
-        losses.SmoothL1Loss(config.loss.box_beta), box_weight=config.loss.box_weight,
-        normalizer=config.loss.normalizer, jit_compile=config.train.jit_compile,
+        optimizers.build(config.train), _classification_loss(loss), losses.SmoothL1Loss(loss.box_beta),
+        box_weight=loss.box_weight, normalizer=loss.normalizer, mining=config.mining,
+        jit_compile=config.train.jit_compile,
     )  # fmt: skip
     return net
+
+
+def _classification_loss(config):
+    """The Keras loss of a LossConfig."""
+    if config.kind == "cross_entropy":
+        return losses.CrossEntropyLoss(config.alpha)
+    if config.kind == "focal_star":
+        return losses.FocalStarLoss(config.alpha, config.gamma, config.star_beta)
+    if config.kind == "hinge":
+        return losses.HingeLoss(config.alpha, config.hinge_threshold)
+    return losses.FocalLoss(config.alpha, config.gamma)
 
 
 def load_weights(model, path):

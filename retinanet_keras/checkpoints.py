@@ -1,0 +1,274 @@
+"""Released weights of other frameworks as a RetinaNet whose detections are theirs.
+
+Detectron's `.pkl` (the authors' own), Detectron2's `.pkl` and `.pth`, torchvision's `.pth` (both versions), and the
+same names in an `.npz`. What weights can express goes into the weights: BGR order and the division of pixels, the order
+of anchors in a cell, 80 of torchvision's 91 classes. The rest are settings of the model: the pixels' mean, the anchors'
+rounding and offset, where a stage has its stride, the epsilon, P6's source, normalisation in the subnets, thresholds
+and clipping.
+
+Boxes of the model are continuous here as everywhere: Detectron's x2, the last pixel of a box, is one less.
+"""
+
+import numpy as np
+
+from retinanet_keras import anchors, backbone, pretrained
+from retinanet_keras.config import UserError
+from retinanet_keras.model import RetinaNet
+from retinanet_keras.released import files, layouts
+
+BACKBONES = {blocks: name for name, blocks in backbone.DEPTHS.items() if name not in ("resnet18", "resnext101_32x8d")}
+PER_CELL = 9  # anchors of all three frameworks
+
+
+def load(path, categories=None):
+    """A RetinaNet from a released file, built as the file's own framework builds it.
+
+    The model is for inference or further training; its backbone's batch normalisation, stem and res2 are frozen.
+
+    Args:
+        path: of the file.
+        categories: list of {"label", "id", "name"}; None: COCO's for 80 classes, and for 91 classes of torchvision, of
+            which the 80 in use are kept. Other numbers of classes have none.
+
+    Raises:
+        UserError: where the file cannot be read, is of no known layout, or has entries that are unknown, missing or of
+            other shapes; they are listed by name.
+    """
+    weights = files.read(path)
+    layout = next((layout for layout in layouts.LAYOUTS if layout.mark in weights), None)
+    if layout is None:
+        hint = (
+            "It is a backbone alone: convert it, and name the result in model.weights."
+            if _is_backbone(weights)
+            else "Files of Detectron, Detectron2 and torchvision are known."
+        )
+        raise UserError(f"{path} holds no RetinaNet: {_some(weights)}. {hint}")
+    source = _Source(path, layout, weights)
+    blocks, depth = layouts.find_blocks(layout, weights), layouts.find_depth(layout, weights)
+    names = {**layouts.backbone_names(layout, blocks), **layouts.head_names(layout, blocks, depth, weights)}
+    kernel, bias = layout.suffixes
+    classes = source.rows(names["class_final"][0] + bias, PER_CELL)
+    kept = list(layouts.COCO_CATEGORIES) if layout is layouts.TORCHVISION and classes == layouts.COCO_SLOTS else None
+    if categories is None and (kept or classes == len(layouts.COCO_CATEGORIES)):
+        categories = [
+            {"label": label, "id": id_, "name": name}
+            for label, (id_, name) in enumerate(layouts.COCO_CATEGORIES.items())
+        ]
+    width, channels = source.rows(names["stem"][0] + kernel), source.rows(names["lateral5"][0] + kernel)
+    # Batch normalisation that is scale and shift alone has no epsilon of its own.
+    epsilon = source.epsilon if len(layout.norm) == 4 else backbone.EPSILON
+    model = RetinaNet(
+        len(kept) if kept else classes, source.backbone_name(blocks, names), width=width, fpn_channels=channels,
+        head_depth=depth, norm="frozen", freeze_at=2, norm_epsilon=epsilon,
+        stride_in="3x3" if layout is layouts.TORCHVISION else None,
+        p6_source="p5" if source.columns(names["p6"][0] + kernel) == channels else "c5",
+        head_norm="group" if depth and names["class0"][1] else None, pixel_mean=source.pixels("pixel_mean"),
+        categories=categories, **layout.settings,
+    )  # fmt: skip
+    _fill_backbone(model.backbone, source, names)
+    _fill_heads(model, source, names, classes, kept)
+    source.check_cell_anchors(model.anchors)
+    source.finish()
+    return model
+
+
+def load_backbone(path):
+    """A ResNet from one of Detectron's ImageNet files.
+
+    Detectron2's copies of them, with the statistics of batch normalisation, are read, too.
+
+    Returns:
+        (a `backbone.resnet`, the pixel mean, RGB, that it expects).
+
+    Raises:
+        UserError: as `load`.
+    """
+    weights = files.read(path)
+    if not _is_backbone(weights):
+        raise UserError(f"{path} holds no backbone with Detectron's names: {_some(weights)}")
+    source = _Source(path, layouts.imagenet(weights), weights)
+    blocks = layouts.find_blocks(source.layout, weights)
+    names = layouts.backbone_names(source.layout, blocks)
+    kind = source.backbone_name(blocks, names)
+    model = backbone.resnet(kind, width=source.rows("conv1_w"), norm="frozen")
+    _fill_backbone(model, source, names)
+    source.finish()
+    return model, source.layout.pixel_mean
+
+
+def convert(path, out):
+    """Write a released file in Keras's format.
+
+    Args:
+        path: as for `load` and `load_backbone`.
+        out: .keras for a RetinaNet; .weights.h5 for a backbone, to be named in `model.weights`.
+
+    Returns:
+        one line that says what was converted.
+    """
+    suffix = ".weights.h5" if _is_backbone(files.read(path)) else ".keras"
+    if not str(out).endswith(suffix):
+        what = "a backbone, which is" if suffix != ".keras" else "a RetinaNet, which is"
+        raise UserError(f"{out}: {path} holds {what} written to a file that ends in {suffix}")
+    if suffix == ".keras":
+        model = load(path)
+        model.save(out)
+        return f"a RetinaNet of {model.num_classes} classes on {model.backbone.name}, written to {out}"
+    model, mean = load_backbone(path)
+    pretrained.save(model, out, mean)
+    return f"a {model.name} trained on ImageNet, written to {out}"
+
+
+def _is_backbone(weights):
+    return "conv1_w" in weights and layouts.DETECTRON.mark not in weights
+
+
+class _Source:
+    """A file's entries, of which each must be taken once; what does not fit is collected and told at the end."""
+
+    def __init__(self, path, layout, weights):
+        self.path, self.layout, self.weights = path, layout, weights
+        self.taken, self.missing, self.misshaped = set(), [], []
+
+    def take(self, name, shape):
+        """An entry as float32, or zeros where it is missing or has another shape."""
+        self.taken.add(name)
+        value = self.weights.get(name)
+        if value is None:
+            self.missing.append(name)
+        elif value.shape != tuple(shape):
+            self.misshaped.append(f"{name} is {list(value.shape)}, expected {list(shape)}")
+        else:
+            return value.astype("float32")
+        return np.zeros(shape, "float32")
+
+    def rows(self, name, per=1):
+        """The length of an entry's first axis in units of `per`: settings follow from it."""
+        return self._side(name, 0, per)
+
+    def columns(self, name):
+        return self._side(name, 1, 1)
+
+    def _side(self, name, axis, per):
+        shape = self.weights[name].shape if name in self.weights else ()
+        if len(shape) <= axis or shape[axis] % per or not shape[axis]:
+            whole = f"a multiple of {per}" if per > 1 else "a number of channels"
+            found = f"its shape is {list(shape)}" if name in self.weights else "it is missing"
+            raise UserError(f"{self.path}: {self.layout.name}'s {name} should have {whole} on axis {axis}; {found}")
+        return shape[axis] // per
+
+    def backbone_name(self, blocks, names):
+        """The name of the ResNet that has these blocks."""
+        if blocks not in BACKBONES:
+            known = ", ".join(f"{name} {list(found)}" for found, name in BACKBONES.items())
+            raise UserError(
+                f"{self.path}: {self.layout.name}'s backbone has {list(blocks)} blocks in res2 to res5; known: {known}"
+            )
+        conv = names["res2_0_conv2"][0] + self.layout.suffixes[0]
+        grouped = conv in self.weights and self.columns(conv) < self.rows(conv)
+        return "resnext101_32x8d" if grouped and blocks == BACKBONE_OF_RESNEXT else BACKBONES[blocks]
+
+    @property
+    def epsilon(self):
+        """Of batch normalisation."""
+        # torchvision sets that of its first released weights, whose statistics are frozen, to 0.
+        frozen = not any(name.endswith(COUNTER) for name in self.weights)
+        return 0.0 if self.layout is layouts.TORCHVISION and frozen else self.layout.norm_epsilon
+
+    def pixels(self, name):
+        """The pixel mean or standard deviation, RGB; older files of Detectron2 have their own."""
+        if name not in self.weights or self.layout is not layouts.DETECTRON2:
+            return getattr(self.layout, name)
+        return tuple(float(v) for v in self.take(name, (3, 1, 1))[::-1, 0, 0])
+
+    def check_cell_anchors(self, config):
+        """Older files of Detectron2 have their anchors: they must be those of its configuration."""
+        for level, stride in enumerate(anchors.STRIDES):
+            name = f"anchor_generator.cell_anchors.{level}"
+            if self.layout is layouts.DETECTRON2 and name in self.weights:
+                expected = anchors.cell_anchors(stride, config)
+                if not np.allclose(self.take(name, expected.shape), expected, atol=0.01):
+                    self.misshaped.append(f"{name} holds other anchors than Detectron2's configuration of RetinaNet")
+
+    def finish(self):
+        """Raise where anything does not fit."""
+        counters = {name for name in self.weights if name.endswith(COUNTER)}
+        unknown = [
+            name
+            for name in self.weights
+            if name not in self.taken | counters and not name.startswith(self.layout.extras)
+        ]
+        problems = [
+            f"\n  {what}: {', '.join(names)}"
+            for what, names in (("missing", self.missing), ("unknown", unknown), ("of another shape", self.misshaped))
+            if names
+        ]
+        if problems:
+            raise UserError(
+                f"{self.path} is laid out as {self.layout.name}'s, but not all of it fits.{''.join(problems)}"
+            )
+
+
+COUNTER = ".num_batches_tracked"  # of PyTorch's batch normalisation; not used in inference
+BACKBONE_OF_RESNEXT = backbone.DEPTHS["resnext101_32x8d"]
+
+
+def _fill_backbone(model, source, names):
+    """Kernels and batch normalisation of every convolution of a `backbone.resnet`."""
+    for part, (conv, norm) in names.items():
+        if part != "stem" and not part.startswith("res"):
+            continue
+        layer = model.get_layer(part)
+        kernel = _kernel(source, conv, layer.kernel.shape)
+        if part == "stem":
+            if source.layout.bgr:
+                kernel = kernel[:, :, ::-1]
+            ratio = np.float32(backbone.STD) / np.float32(source.pixels("pixel_std"))
+            kernel = kernel * ratio[None, None, :, None]
+        layer.set_weights([kernel])
+        layer = model.get_layer(f"{part}_norm")
+        moments = [source.take(norm + suffix, layer.gamma.shape) for suffix in source.layout.norm]
+        if len(moments) == 2:  # scale and shift: no mean, and a divisor of 1
+            ones = np.ones_like(moments[0])
+            moments += [0 * ones, ones]
+        moments[3] = moments[3] + np.float32(source.epsilon - layer.epsilon)
+        layer.set_weights(moments)
+
+
+def _fill_heads(model, source, names, classes, kept):
+    """The pyramid and the subnets; kept: the file's classes that the model has, or None for all."""
+    layers = {f"lateral{name[1]}": layer for name, layer in model.pyramid.laterals.items()}
+    layers |= {f"output{name[1]}": layer for name, layer in model.pyramid.outputs_.items()}
+    layers |= {"p6": model.pyramid.p6, "p7": model.pyramid.p7}
+    norms = {}
+    for name, subnet in (("class", model.class_subnet), ("box", model.box_subnet)):
+        layers |= {f"{name}{i}": layer for i, layer in enumerate(subnet.tower)}
+        norms |= {f"{name}{i}": layer for i, layer in enumerate(subnet.norms)}
+    for part, layer in layers.items():
+        conv, norm = names[part]
+        found = [_kernel(source, conv, layer.kernel.shape)]
+        if layer.use_bias:
+            found.append(source.take(conv + source.layout.suffixes[1], layer.bias.shape))
+        layer.set_weights(found)
+        if norm:
+            norms[part].set_weights(
+                [source.take(norm + suffix, layer.kernel.shape[-1:]) for suffix in source.layout.norm[:2]]
+            )
+    for part, subnet, values in (("class_final", model.class_subnet, classes), ("box_final", model.box_subnet, 4)):
+        layer, conv = subnet.final, names[part][0]
+        kernel = _kernel(source, conv, (*layer.kernel.shape[:3], PER_CELL * values))
+        bias = source.take(conv + source.layout.suffixes[1], (PER_CELL * values,))
+        chosen = kept if kept and part == "class_final" else range(values)
+        rows = np.array([cell * values + value for cell in source.layout.cell for value in chosen])
+        layer.set_weights([kernel[..., rows], bias[rows]])
+
+
+def _kernel(source, conv, shape):
+    """A convolution's kernel: [out, in, height, width] there, [height, width, in, out] here."""
+    height, width, inputs, outputs = shape
+    return source.take(conv + source.layout.suffixes[0], (outputs, inputs, height, width)).transpose(2, 3, 1, 0)
+
+
+def _some(weights):
+    names = list(weights)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more entries" if len(names) > 3 else "")

@@ -1,0 +1,1 @@
+"""Weights that other frameworks released, and the networks they belong to."""
