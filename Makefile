@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow test-backends lint lock clean
+
+MATHS := $(patsubst %,tests/test_%.py,boxes nms losses mining anchors targets detections properties subnets backends)
 
 demo: .venv/installed
 	@echo "== Training on generated shapes with configs/shapes.json (about 6 minutes on two CPU cores)"
@@ -21,6 +23,12 @@ test-slow: .venv/installed
 	@echo "== The longer tests"
 	$(BIN)/python -m pytest -m slow
 
+test-backends: .venv-backends/installed
+	@for backend in tensorflow jax torch; do \
+		echo "== The maths, the model and fit on $$backend"; \
+		KERAS_BACKEND=$$backend .venv-backends/bin/python -m pytest $(MATHS) || exit 1; \
+	done
+
 lint: .venv/installed
 	@echo "== Lint"
 	$(BIN)/ruff check .
@@ -33,13 +41,16 @@ lock: .venv/installed
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-backends build *.egg-info
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements.lock
+.venv-backends/installed: requirements.lock requirements-backends.txt
+
+%/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 		f"Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
-	@echo "== Installing into .venv (TensorFlow is large: some minutes the first time)"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@echo "== Installing into $* (TensorFlow is large: some minutes the first time)"
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check $(patsubst %,--requirement %,$(filter requirements%,$^))
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

@@ -241,9 +241,14 @@ class RetinaNet(keras.Model):
 
     def predict_step(self, *args):
         """`predict` gives the dict of `detect`."""
-        data = args[-1]  # JAX passes its state first
-        images, truth, _ = keras.utils.unpack_x_y_sample_weight(data)
-        return self.detect_in_graph(images, truth["size"] if truth and "size" in truth else _own_sizes(images))
+        images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
+        sizes = truth["size"] if truth and "size" in truth else _own_sizes(images)
+        if keras.backend.backend() != "jax":
+            return self.detect_in_graph(images, sizes)
+        trained, others = args[0]  # JAX passes the variables' values
+        values = zip([*self.trainable_variables, *self.non_trainable_variables], [*trained, *others], strict=True)
+        with keras.StatelessScope(state_mapping=list(values)):
+            return self.detect_in_graph(images, sizes), others
 
     def detect_in_graph(self, images, sizes):
         """`detect` without its own compilation, for use in a larger graph."""

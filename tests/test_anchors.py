@@ -3,10 +3,10 @@
 import itertools
 import math
 
+import backends
 import numpy as np
 import pytest
 import reference
-import tensorflow as tf
 from keras import ops
 
 from retinanet_keras.anchors import LEVELS, STRIDES, anchor_boxes, cell_anchors, level_sizes
@@ -109,7 +109,10 @@ def test_other_scales_and_ratios():
     assert width * height == pytest.approx((16 * math.sqrt(2)) ** 2, rel=1e-5)
 
 
+@backends.tensorflow_only
 def test_sizes_known_only_to_the_graph():
+    import tensorflow as tf
+
     @tf.function(input_signature=[tf.TensorSpec((), tf.int32), tf.TensorSpec((), tf.int32)])
     def in_graph(height, width):
         return anchor_boxes(height, width), level_sizes(height, width)

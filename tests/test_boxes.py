@@ -33,16 +33,6 @@ def test_iou_equals_float64_numpy():
     np.testing.assert_allclose(boxes.iou(a, b), reference.iou(a, b), atol=1e-6)
 
 
-def test_iou_equals_keras_cv():
-    keras_cv = pytest.importorskip("keras_cv")
-    rng = np.random.default_rng(1)
-    a, b = random_boxes(rng, 2, 20), random_boxes(rng, 2, 30)
-    theirs = keras_cv.bounding_box.compute_iou if hasattr(keras_cv.bounding_box, "compute_iou") else None
-    if theirs is None:
-        from keras_cv.src.bounding_box.iou import compute_iou as theirs
-    np.testing.assert_allclose(boxes.iou(a, b), theirs(a, b, bounding_box_format="xyxy"), atol=1e-5)
-
-
 def test_iou_is_symmetric_and_one_with_itself():
     a = random_boxes(np.random.default_rng(2), 15)
     overlaps = ops.convert_to_numpy(boxes.iou(a, a))

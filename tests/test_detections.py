@@ -1,9 +1,9 @@
 """Detections: the whole post-processing against NumPy at a realistic size, and each rule by hand."""
 
+import backends
 import numpy as np
 import pytest
 import reference
-import tensorflow as tf
 from keras import ops
 
 from retinanet_keras import detections, nms
@@ -132,7 +132,10 @@ def test_the_best_pairs_of_each_level_are_kept_exactly():
     np.testing.assert_array_equal(found["boxes"][0, :3], FAR[[2, 0, 0]])
 
 
+@backends.tensorflow_only
 def test_sizes_known_only_to_the_graph():
+    import tensorflow as tf
+
     num_classes = 3
 
     @tf.function(input_signature=[tf.TensorSpec((None, None, num_classes)), tf.TensorSpec((None, None, 4)),

@@ -2,6 +2,7 @@
 
 import math
 
+import backends
 import keras
 import mpmath
 import numpy as np
@@ -18,27 +19,9 @@ CLASSES = [0, 1]
 
 
 def value_and_slope(function, logits, y):
-    """Values and derivatives by the logits, for one class y everywhere, on whatever backend runs."""
+    """Values and derivatives by the logits, for one class y everywhere."""
     targets = np.full(logits.shape, y, logits.dtype)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        x = tf.constant(logits)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = function(x, targets)
-        return value.numpy(), tape.gradient(value, x).numpy()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        value, pull = jax.vjp(lambda x: function(x, targets), jax.numpy.asarray(logits))
-        return np.asarray(value), np.asarray(pull(jax.numpy.ones_like(value))[0])
-    import torch
-
-    x = torch.tensor(logits, requires_grad=True)
-    value = function(x, torch.tensor(targets))
-    value.sum().backward()
-    return value.detach().numpy(), x.grad.numpy()
+    return backends.value_and_slope(lambda x: function(x, targets), logits)
 
 
 def sigmoid(x):
@@ -63,7 +46,7 @@ def holds(ours, theirs, dtype):
 
 def check(function, value_of, slope_of, alpha, y, dtype):
     """A loss against its value and derivative by x_t in 60 digits, for logits of -1000 to 1000."""
-    if dtype == "float64" and keras.backend.backend() == "jax":
+    if dtype == "float64" and backends.NAME == "jax":
         pytest.skip("JAX computes in float32 unless told otherwise")
     logits = LOGITS.astype(dtype)
     value, slope = value_and_slope(function, logits, y)
@@ -158,10 +141,9 @@ def test_targets_broadcast():
     np.testing.assert_array_equal(slope, expected[1])
 
 
+@backends.tensorflow_only
 def test_the_backward_pass_keeps_logits_and_targets_alone():
     """Nothing of the logits' size is made in the forward pass for the backward one but they themselves."""
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("TensorFlow's graph tells what it keeps")
     import tensorflow as tf
 
     @tf.function
@@ -252,7 +234,7 @@ def test_smooth_l1_by_hand():
 @pytest.mark.parametrize("dtype, relative", [("float32", 1e-5), ("float64", 1e-9)])
 @pytest.mark.parametrize("beta", [0.11, 1.0])
 def test_smooth_l1_equals_numpy(beta, dtype, relative):
-    if dtype == "float64" and keras.backend.backend() == "jax":
+    if dtype == "float64" and backends.NAME == "jax":
         pytest.skip("JAX computes in float32 unless told otherwise")
     errors = np.concatenate([np.linspace(-2, 2, 101), [-1000, 1000, 1e-9]]).astype(dtype)
     value, slope = value_and_slope(lambda x, _: losses.smooth_l1(x, beta), errors, 0)

@@ -2,10 +2,10 @@
 
 import functools
 
+import backends
 import numpy as np
 import pytest
 import reference
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -76,8 +76,7 @@ ANCHORS = np.concatenate(
 
 @functools.cache
 def assigning(rule):
-    spec = [tf.TensorSpec((1, None, 4)), tf.TensorSpec((1, None), tf.int32)]
-    return tf.function(lambda *truth: assign(np.float32(ANCHORS), *truth, low_quality=rule), input_signature=spec)
+    return backends.compiled(lambda *truth: assign(np.float32(ANCHORS), *truth, low_quality=rule))
 
 
 @pytest.mark.parametrize("rule", ["none", "detectron", "all"])
@@ -92,9 +91,10 @@ def test_the_order_of_boxes_and_padding_between_them_do_not_matter(rule, truth, 
     of whole numbers this small tie in float32 where they tie in float64.
     """
     truth = truth * np.round(scale)
-    plain = [part[0].numpy() for part in assigning(rule)(truth[None, :6], labels[None])]
+    plain = [part[0] for part in backends.numpy_of(assigning(rule)(truth[None, :6], labels[None]))]
     labels = np.concatenate([labels, [-1, -1, -1]]).astype("int32")
-    classes, deltas = (part[0].numpy() for part in assigning(rule)(truth[None, order], labels[None, order]))
+    shuffled = backends.numpy_of(assigning(rule)(truth[None, order], labels[None, order]))
+    classes, deltas = (part[0] for part in shuffled)
 
     overlap = np.sort(reference.iou(ANCHORS, truth[:6]), axis=1)
     single = (overlap[:, -1] > overlap[:, -2] + 1e-6) | (overlap[:, -1] == 0)
@@ -106,9 +106,7 @@ def test_the_order_of_boxes_and_padding_between_them_do_not_matter(rule, truth, 
 # NMS
 
 
-@tf.function(
-    input_signature=[tf.TensorSpec((1, None, 4)), tf.TensorSpec((1, None)), tf.TensorSpec((1, None), tf.int32)]
-)
+@backends.compiled
 def by_loop(boxes, scores, labels):
     return nms.greedy(boxes, scores, labels, 0.5, 20)
 
@@ -128,7 +126,7 @@ def test_nms_keeps_all_that_it_kept_in_the_same_order(suppress, candidates, scor
     """TensorFlow's kernel gives no order to equal scores."""
 
     def run(boxes, scores, labels):
-        *rows, count = (part[0].numpy() for part in suppress(boxes[None], scores[None], labels[None]))
+        *rows, count = (part[0] for part in backends.numpy_of(suppress(boxes[None], scores[None], labels[None])))
         return [part[:count] for part in rows]
 
     kept = run(candidates, scores, labels)

@@ -1,9 +1,9 @@
 """Targets: hand-worked cases, and the whole IoU matrix in NumPy as a reference, ties and padding included."""
 
+import backends
 import numpy as np
 import pytest
 import reference
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -246,7 +246,10 @@ def test_boxes_far_from_any_size_of_anchor_stay_finite():
         assert not (classes >= 2).any()  # inverted, and without width
 
 
+@backends.tensorflow_only
 def test_in_a_graph_of_unknown_sizes():
+    import tensorflow as tf
+
     rng = np.random.default_rng(9)
     anchors = np.float32(reference.anchors(64, 64))
     spec = [
