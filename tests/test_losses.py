@@ -128,7 +128,7 @@ def test_a_weighted_sum_has_the_weighted_slope(function):
     """What comes from above in the chain rule arrives."""
     x = np.linspace(-4, 4, 9).astype("float32")
     _, slope = value_and_slope(function, x, 0)
-    _, weighted = value_and_slope(lambda x, t: function(x, t) * np.float32(range(9)), x, 0)
+    _, weighted = value_and_slope(lambda x, t: function(x, t) * ops.arange(9, dtype="float32"), x, 0)
     np.testing.assert_allclose(weighted, slope * range(9), rtol=1e-6)
 
 
