@@ -5,6 +5,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test test-slow test-backends lint lock clean
 
+# Tests of one file share what they build; tracing graphs keeps one core busy.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 MATHS := $(patsubst %,tests/test_%.py,boxes nms losses mining anchors targets detections properties subnets backends)
 
 demo: .venv/installed
@@ -17,7 +19,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	@echo "== Tests (the longer ones: make test-slow)"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/installed
 	@echo "== The longer tests"
@@ -26,7 +28,7 @@ test-slow: .venv/installed
 test-backends: .venv-backends/installed
 	@for backend in tensorflow jax torch; do \
 		echo "== The maths, the model and fit on $$backend"; \
-		KERAS_BACKEND=$$backend .venv-backends/bin/python -m pytest $(MATHS) || exit 1; \
+		KERAS_BACKEND=$$backend .venv-backends/bin/python -m pytest -m "not slow" $(PARALLEL) $(MATHS) || exit 1; \
 	done
 
 lint: .venv/installed

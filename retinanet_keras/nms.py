@@ -73,12 +73,21 @@ def greedy(boxes, scores, labels, iou_threshold, max_detections):
 
 
 def _tensorflow_kernel(boxes, scores, labels, num_classes, iou_threshold, max_detections):
-    """TensorFlow's combined kernel. `clip_boxes=False`: the default clips pixels to [0, 1]."""
+    """TensorFlow's combined kernel, on ranks in place of scores: it gives no order to equal ones.
+
+    `clip_boxes=False`: the default clips pixels to [0, 1].
+    """
     import tensorflow as tf
 
-    by_class = tf.one_hot(labels, num_classes) * scores[..., None]  # [B, N, K]
+    count = tf.shape(scores)[1]
+    scores, order = tf.math.top_k(scores, count)  # stable, the first among equals
+    rank = tf.where(scores > 0, tf.cast(count - tf.range(count), tf.float32), 0.0)  # [B, N], whole numbers
+    boxes, labels = (tf.gather(values, order, batch_dims=1) for values in (boxes, labels))
+    by_class = tf.one_hot(labels, num_classes) * rank[..., None]  # [B, N, K]
     found = tf.image.combined_non_max_suppression(
         boxes[:, :, None, :], by_class, max_detections, max_detections,
         iou_threshold=iou_threshold, score_threshold=0.0, clip_boxes=False,
     )  # fmt: skip
-    return found.nmsed_boxes, found.nmsed_scores, tf.cast(found.nmsed_classes, tf.int32), found.valid_detections
+    picks = tf.minimum(count - tf.cast(found.nmsed_scores, tf.int32), count - 1)  # [B, D]; beyond the valid ones, any
+    boxes, scores, labels = (tf.gather(values, picks, batch_dims=1) for values in (boxes, scores, labels))
+    return boxes, scores, labels, found.valid_detections

@@ -9,6 +9,15 @@ import copy
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_graphs():
+    """What a file of tests has traced is let go after it: memory stays bounded."""
+    yield
+    import keras
+
+    keras.backend.clear_session()
+
+
 @pytest.fixture(scope="session")
 def small_model():
     """A function that builds a RetinaNet of some 100,000 weights, the same at every call with the same arguments."""

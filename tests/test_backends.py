@@ -10,6 +10,8 @@ import reference
 from retinanet_keras import backbone as backbones
 from retinanet_keras import checkpoints, losses
 
+pytestmark = pytest.mark.backends
+
 TRUTH = {
     "boxes": np.float32([[[4, 4, 40, 36], [30, 20, 62, 60]], [[0, 0, 0, 0], [0, 0, 0, 0]]]),
     "labels": np.int32([[0, 2], [-1, -1]]),

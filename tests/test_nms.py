@@ -65,12 +65,25 @@ def test_by_hand(run):
     np.testing.assert_array_equal(found_boxes[0, 3], [20, 20, 30, 30])
 
 
-def test_the_loop_takes_the_first_of_equal_scores():
-    """TensorFlow's kernel gives no order to equal scores."""
+@both
+def test_the_first_of_equal_scores_is_taken_and_comes_first(run):
+    """Saturated sigmoids are equal."""
     boxes = np.float32([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 9], [20, 0, 30, 10]]])
-    found, _, _, count = loop(boxes, np.full((1, 4), 0.5), np.zeros((1, 4)), 1, 0.5, 4)
+    found, _, _, count = run(boxes, np.full((1, 4), 0.5), np.zeros((1, 4)), 1, 0.5, 4)
     assert count.tolist() == [2]
     np.testing.assert_array_equal(found[0, :2], boxes[0, [0, 2]])
+
+
+@both
+def test_many_equal_scores_come_in_the_order_given(run):
+    rng = np.random.default_rng(5)
+    boxes, _, labels = candidates(5, batch=1)
+    scores = np.float32(rng.integers(0, 4, (1, 150))) / 4
+    found_boxes, found_scores, found_labels, count = run(boxes, scores, labels, 4, 0.5, 60)
+    kept = reference.nms(boxes[0], scores[0], labels[0], 0.5, 60)
+    assert count[0] == len(kept) > 50
+    np.testing.assert_array_equal(found_boxes[0, : len(kept)], boxes[0, kept])
+    np.testing.assert_array_equal(found_labels[0, : len(kept)], labels[0, kept])
 
 
 @both
