@@ -9,6 +9,8 @@ and clipping.
 Boxes of the model are continuous here as everywhere: Detectron's x2, the last pixel of a box, is one less.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from retinanet_keras import anchors, backbone, pretrained
@@ -18,6 +20,7 @@ from retinanet_keras.released import files, layouts
 
 BACKBONES = {blocks: name for name, blocks in backbone.DEPTHS.items() if name not in ("resnet18", "resnext101_32x8d")}
 PER_CELL = 9  # anchors of all three frameworks
+COUNTER = ".num_batches_tracked"  # of PyTorch's batch normalisation; not used in inference
 
 
 def load(path, categories=None):
@@ -28,14 +31,14 @@ def load(path, categories=None):
     Args:
         path: of the file.
         categories: list of {"label", "id", "name"}; None: COCO's for 80 classes, and for 91 classes of torchvision, of
-            which the 80 in use are kept. Other numbers of classes have none.
+            which the 80 in use are kept; else the labels themselves, "class 0" and so on.
 
     Raises:
         UserError: where the file cannot be read, is of no known layout, or has entries that are unknown, missing or of
             other shapes; they are listed by name.
     """
     weights = files.read(path)
-    layout = next((layout for layout in layouts.LAYOUTS if layout.mark in weights), None)
+    layout = next((one for one in layouts.LAYOUTS if any(name.startswith(one.mark) for name in weights)), None)
     if layout is None:
         hint = (
             "It is a backbone alone: convert it, and name the result in model.weights."
@@ -47,21 +50,23 @@ def load(path, categories=None):
     blocks, depth = layouts.find_blocks(layout, weights), layouts.find_depth(layout, weights)
     names = {**layouts.backbone_names(layout, blocks), **layouts.head_names(layout, blocks, depth, weights)}
     kernel, bias = layout.suffixes
-    classes = source.rows(names["class_final"][0] + bias, PER_CELL)
+    final = names["class_final"][0]
+    channels = source.side(final + bias, 0, PER_CELL * len(layouts.COCO_CATEGORIES), PER_CELL)
+    classes = source.side(final + kernel, 0, channels, PER_CELL) // PER_CELL
     kept = list(layouts.COCO_CATEGORIES) if layout is layouts.TORCHVISION and classes == layouts.COCO_SLOTS else None
-    if categories is None and (kept or classes == len(layouts.COCO_CATEGORIES)):
-        categories = [
-            {"label": label, "id": id_, "name": name}
-            for label, (id_, name) in enumerate(layouts.COCO_CATEGORIES.items())
-        ]
-    width, channels = source.rows(names["stem"][0] + kernel), source.rows(names["lateral5"][0] + kernel)
+    if categories is None:
+        coco = kept or classes == len(layouts.COCO_CATEGORIES)
+        named = layouts.COCO_CATEGORIES if coco else {label: f"class {label}" for label in range(classes)}
+        categories = [{"label": i, "id": id_, "name": name} for i, (id_, name) in enumerate(named.items())]
+    width = source.side(names["stem"][0] + kernel, 0, 64)
+    channels = source.side(names["lateral5"][0] + kernel, 0, 256)
     # Batch normalisation that is scale and shift alone has no epsilon of its own.
     epsilon = source.epsilon if len(layout.norm) == 4 else backbone.EPSILON
     model = RetinaNet(
         len(kept) if kept else classes, source.backbone_name(blocks, names), width=width, fpn_channels=channels,
         head_depth=depth, norm="frozen", freeze_at=2, norm_epsilon=epsilon,
         stride_in="3x3" if layout is layouts.TORCHVISION else None,
-        p6_source="p5" if source.columns(names["p6"][0] + kernel) == channels else "c5",
+        p6_source="p5" if source.side(names["p6"][0] + kernel, 1, 8 * channels) == channels else "c5",
         head_norm="group" if depth and names["class0"][1] else None, pixel_mean=source.pixels("pixel_mean"),
         categories=categories, **layout.settings,
     )  # fmt: skip
@@ -90,7 +95,7 @@ def load_backbone(path):
     blocks = layouts.find_blocks(source.layout, weights)
     names = layouts.backbone_names(source.layout, blocks)
     kind = source.backbone_name(blocks, names)
-    model = backbone.resnet(kind, width=source.rows("conv1_w"), norm="frozen")
+    model = backbone.resnet(kind, width=source.side("conv1_w", 0, 64), norm="frozen")
     _fill_backbone(model, source, names)
     source.finish()
     return model, source.layout.pixel_mean
@@ -107,6 +112,7 @@ def convert(path, out):
         one line that says what was converted.
     """
     suffix = ".weights.h5" if _is_backbone(files.read(path)) else ".keras"
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not str(out).endswith(suffix):
         what = "a backbone, which is" if suffix != ".keras" else "a RetinaNet, which is"
         raise UserError(f"{out}: {path} holds {what} written to a file that ends in {suffix}")
@@ -120,7 +126,7 @@ def convert(path, out):
 
 
 def _is_backbone(weights):
-    return "conv1_w" in weights and layouts.DETECTRON.mark not in weights
+    return "conv1_w" in weights and not any(name.startswith(layouts.DETECTRON.mark) for name in weights)
 
 
 class _Source:
@@ -142,20 +148,10 @@ class _Source:
             return value.astype("float32")
         return np.zeros(shape, "float32")
 
-    def rows(self, name, per=1):
-        """The length of an entry's first axis in units of `per`: settings follow from it."""
-        return self._side(name, 0, per)
-
-    def columns(self, name):
-        return self._side(name, 1, 1)
-
-    def _side(self, name, axis, per):
+    def side(self, name, axis, usual, multiple=1):
+        """The length of an entry's axis, from which a setting follows; the usual one where that cannot be."""
         shape = self.weights[name].shape if name in self.weights else ()
-        if len(shape) <= axis or shape[axis] % per or not shape[axis]:
-            whole = f"a multiple of {per}" if per > 1 else "a number of channels"
-            found = f"its shape is {list(shape)}" if name in self.weights else "it is missing"
-            raise UserError(f"{self.path}: {self.layout.name}'s {name} should have {whole} on axis {axis}; {found}")
-        return shape[axis] // per
+        return shape[axis] if len(shape) > axis and shape[axis] and shape[axis] % multiple == 0 else usual
 
     def backbone_name(self, blocks, names):
         """The name of the ResNet that has these blocks."""
@@ -165,8 +161,8 @@ class _Source:
                 f"{self.path}: {self.layout.name}'s backbone has {list(blocks)} blocks in res2 to res5; known: {known}"
             )
         conv = names["res2_0_conv2"][0] + self.layout.suffixes[0]
-        grouped = conv in self.weights and self.columns(conv) < self.rows(conv)
-        return "resnext101_32x8d" if grouped and blocks == BACKBONE_OF_RESNEXT else BACKBONES[blocks]
+        grouped = self.side(conv, 1, 64) < self.side(conv, 0, 64)
+        return "resnext101_32x8d" if grouped and blocks == backbone.DEPTHS["resnext101_32x8d"] else BACKBONES[blocks]
 
     @property
     def epsilon(self):
@@ -192,12 +188,10 @@ class _Source:
 
     def finish(self):
         """Raise where anything does not fit."""
-        counters = {name for name in self.weights if name.endswith(COUNTER)}
-        unknown = [
-            name
-            for name in self.weights
-            if name not in self.taken | counters and not name.startswith(self.layout.extras)
-        ]
+        beginnings = tuple(extra for extra in self.layout.extras if extra.endswith((".", "/")))
+        counters = {name.removesuffix(".weight") + COUNTER for name in self.taken}
+        known = self.taken | counters | set(self.layout.extras)
+        unknown = [name for name in self.weights if name not in known and not name.startswith(beginnings)]
         problems = [
             f"\n  {what}: {', '.join(names)}"
             for what, names in (("missing", self.missing), ("unknown", unknown), ("of another shape", self.misshaped))
@@ -207,10 +201,6 @@ class _Source:
             raise UserError(
                 f"{self.path} is laid out as {self.layout.name}'s, but not all of it fits.{''.join(problems)}"
             )
-
-
-COUNTER = ".num_batches_tracked"  # of PyTorch's batch normalisation; not used in inference
-BACKBONE_OF_RESNEXT = backbone.DEPTHS["resnext101_32x8d"]
 
 
 def _fill_backbone(model, source, names):

@@ -125,6 +125,9 @@ class ModelConfig:
         "frozen", DETECTRON, "normalisation in the backbone: batch statistics frozen or trained, or groups",
         choices=("frozen", "batch", "group"),
     )  # fmt: skip
+    pixel_mean: tuple[float, float, float] = setting(
+        (123.68, 116.779, 103.939), "§4.1: of the MSRA weights", "of pixels, RGB; a file of weights brings its own"
+    )
     freeze_at: int = setting(
         2, DETECTRON, "backbone stages not trained: 1 the stem, 2 res2 too, ... 5; 0 trains all", at_least=0, at_most=5
     )
@@ -453,6 +456,8 @@ def _check_together(config):
         )
     if config.loss.kind == "focal_star" and config.loss.gamma == 0:
         raise ConfigError("loss.gamma: expected a number above 0 with loss.kind focal_star, got 0")
+    if config.mining.ratio and not config.mining.batch_size:
+        raise ConfigError("mining.ratio: expected mining.batch_size above 0 with it, which turns mining on; got 0")
     if config.detection.pad_multiple % 32:
         raise ConfigError(f"detection.pad_multiple: expected a multiple of 32, got {config.detection.pad_multiple}")
     if list(train.drops) != sorted(set(train.drops)):

@@ -31,6 +31,8 @@ def decode(
         dict of boxes float32 [B, D, 4] in absolute pixels x1, y1, x2, y2, scores float32 [B, D] falling, labels int32
         [B, D], count int32 [B]. Rows past count: box 0, score 0, label -1.
     """
+    if clip not in ("before_nms", "after_nms", "inclusive"):
+        raise ValueError(f'clip: expected "before_nms", "after_nms" or "inclusive", got {clip!r}')
     num_classes = logits.shape[-1]
     picked_scores, picked_anchors, picked_labels = [], [], []
     start = 0

@@ -4,10 +4,13 @@ With y = +1 or -1 the class, x the logit, p_t the probability of the true class,
 (Appendix A). Functions return unreduced values: reduction and normalisation happen once, where the step is. Each has
 the derivative of Appendix B in closed form, so that nothing but logits and targets is kept for the backward pass, and
 is finite in value and derivative wherever the logit is. The classes at the end are the same losses as
-`keras.losses.Loss` objects.
+`keras.losses.Loss` objects, for any Keras model.
 """
 
+import math
+
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -67,16 +70,17 @@ def hinge(logits, targets, alpha=None, threshold=0.5):
 
     By x: -y p_t (1 - p_t) where p_t is under the threshold, else 0; times alpha_t.
 
-    Args and returns as `cross_entropy`.
+    Args and returns as `cross_entropy`; threshold: above 0, at most 1.
     """
+    logit = math.log(threshold / (1 - threshold)) if threshold < 1 else math.inf  # where the loss ends
+    coarse = float(np.float32(logit))
 
-    def value(x_t):  # 1/2 - p_t without its cancellation, then the rest of the threshold
-        size = ops.abs(x_t)
-        return ops.relu((threshold - 0.5) + 0.5 * ops.sign(x_t) * ops.expm1(-size) * ops.sigmoid(size))
+    def beyond(x_t):  # x_t - logit, exactly near 0
+        return ops.minimum((x_t - coarse) - (logit - coarse if threshold < 1 else 0.0), 0.0)
 
     return _on_true_logit(
-        value,
-        lambda x_t: ops.where(value(x_t) > 0, -ops.sigmoid(x_t) * ops.sigmoid(-x_t), ops.zeros_like(x_t)),
+        lambda x_t: -threshold * ops.sigmoid(-x_t) * ops.expm1(beyond(x_t)),  # threshold - p_t, no cancellation
+        lambda x_t: ops.where(beyond(x_t) < 0, -ops.sigmoid(x_t) * ops.sigmoid(-x_t), ops.zeros_like(x_t)),
         logits, targets, alpha,
     )  # fmt: skip
 
@@ -123,17 +127,26 @@ def _at_least_float32(x):
     return x if keras.backend.standardize_dtype(x.dtype) == "float64" else ops.cast(x, "float32")
 
 
-class LogitLoss(keras.losses.Loss):
-    """A function of this module as a Keras loss on logits, called (targets, logits).
+class ElementLoss(keras.losses.Loss):
+    """A function of this module as a Keras loss, called (targets, predictions).
 
-    Element-wise unless `reduction` is given ("sum", "sum_over_batch_size", ...); computed and reduced in float32
-    under every mixed precision policy.
+    Reduced as Keras's are ("sum_over_batch_size") unless `reduction` says otherwise; "none" gives the elements. Each
+    element counts for itself: `sample_weight` may have the predictions' shape, or leave out axes at the end. Computed
+    and reduced in float32 or above, whatever the mixed precision policy.
     """
 
-    def __init__(self, function, settings, reduction, name, **kwargs):
-        super().__init__(name=name, reduction=reduction, **kwargs)
+    def __init__(self, function, settings, reduction, name, dtype=None):
+        wanted = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
+        super().__init__(name=name, reduction=reduction, dtype="float64" if wanted == "float64" else "float32")
         self.function, self.settings = function, settings
         vars(self).update(settings)
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        if sample_weight is not None:
+            sample_weight = ops.convert_to_tensor(sample_weight)
+            missing = len(ops.shape(y_pred)) - len(ops.shape(sample_weight))
+            sample_weight = ops.reshape(sample_weight, (*ops.shape(sample_weight), *[1] * missing))
+        return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true, y_pred):
         return self.function(y_pred, y_true, **self.settings)
@@ -142,48 +155,56 @@ class LogitLoss(keras.losses.Loss):
         return {**super().get_config(), **self.settings}
 
 
-@keras.saving.register_keras_serializable("retinanet_keras")
-class CrossEntropyLoss(LogitLoss):
-    """`cross_entropy` as a Keras loss; with `alpha`, the balanced one of §3.1."""
-
-    def __init__(self, alpha=None, reduction="none", name="cross_entropy_loss", **kwargs):
-        super().__init__(cross_entropy, {"alpha": alpha}, reduction, name, **kwargs)
+REDUCTION = "sum_over_batch_size"
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")
-class FocalLoss(LogitLoss):
-    """`focal` as a Keras loss."""
+class CrossEntropyLoss(ElementLoss):
+    """`cross_entropy` as a Keras loss on logits; with `alpha`, the balanced one of §3.1."""
 
-    def __init__(self, alpha=0.25, gamma=2.0, reduction="none", name="focal_loss", **kwargs):
-        super().__init__(focal, {"alpha": alpha, "gamma": gamma}, reduction, name, **kwargs)
-
-
-@keras.saving.register_keras_serializable("retinanet_keras")
-class FocalStarLoss(LogitLoss):
-    """`focal_star` as a Keras loss."""
-
-    def __init__(self, alpha=0.25, gamma=2.0, beta=1.0, reduction="none", name="focal_star_loss", **kwargs):
-        super().__init__(focal_star, {"alpha": alpha, "gamma": gamma, "beta": beta}, reduction, name, **kwargs)
+    def __init__(self, alpha=None, reduction=REDUCTION, name="cross_entropy_loss", dtype=None):
+        super().__init__(cross_entropy, {"alpha": alpha}, reduction, name, dtype)
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")
-class HingeLoss(LogitLoss):
-    """`hinge` as a Keras loss."""
+class FocalLoss(ElementLoss):
+    """`focal` as a Keras loss on logits."""
 
-    def __init__(self, alpha=None, threshold=0.5, reduction="none", name="hinge_loss", **kwargs):
-        super().__init__(hinge, {"alpha": alpha, "threshold": threshold}, reduction, name, **kwargs)
+    def __init__(self, alpha=0.25, gamma=2.0, reduction=REDUCTION, name="focal_loss", dtype=None):
+        super().__init__(focal, {"alpha": alpha, "gamma": gamma}, reduction, name, dtype)
 
 
 @keras.saving.register_keras_serializable("retinanet_keras")
-class SmoothL1Loss(keras.losses.Loss):
-    """`smooth_l1` as a Keras loss, called (target deltas, deltas); element-wise unless `reduction` is given."""
+class FocalStarLoss(ElementLoss):
+    """`focal_star` as a Keras loss on logits."""
 
-    def __init__(self, beta=0.11, reduction="none", name="smooth_l1_loss", **kwargs):
-        super().__init__(name=name, reduction=reduction, **kwargs)
-        self.beta = beta
+    def __init__(self, alpha=0.25, gamma=2.0, beta=1.0, reduction=REDUCTION, name="focal_star_loss", dtype=None):
+        super().__init__(focal_star, {"alpha": alpha, "gamma": gamma, "beta": beta}, reduction, name, dtype)
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class HingeLoss(ElementLoss):
+    """`hinge` as a Keras loss on logits."""
+
+    def __init__(self, alpha=None, threshold=0.5, reduction=REDUCTION, name="hinge_loss", dtype=None):
+        super().__init__(hinge, {"alpha": alpha, "threshold": threshold}, reduction, name, dtype)
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class SmoothL1Loss(ElementLoss):
+    """`smooth_l1` as a Keras loss on deltas."""
+
+    def __init__(self, beta=0.11, reduction=REDUCTION, name="smooth_l1_loss", dtype=None):
+        super().__init__(smooth_l1, {"beta": beta}, reduction, name, dtype)
 
     def call(self, y_true, y_pred):
         return smooth_l1(y_pred - y_true, self.beta)
 
-    def get_config(self):
-        return {**super().get_config(), "beta": self.beta}
+
+LOSS_OF = {cross_entropy: CrossEntropyLoss, focal: FocalLoss, focal_star: FocalStarLoss, hinge: HingeLoss}
+LOSS_OF[smooth_l1] = SmoothL1Loss
+
+
+def get(loss):
+    """The Keras loss that a name, function or object stands for; a function of this module, with its defaults."""
+    return LOSS_OF[loss]() if callable(loss) and loss in LOSS_OF else keras.losses.get(loss)

@@ -124,15 +124,16 @@ class RetinaNet(keras.Model):
             box_weight: weight of the box loss in the sum.
             normalizer: "image", each image's loss is divided by its own number of positive anchors (§4.1), then
                 averaged; "minibatch", the sum is divided by the sum of positives + 1, counted as Detectron does.
-            mining: a MiningConfig: the classification loss is of each image's hardest anchors only (§5.1); the box
-                loss and the normaliser stay those of all. None: of all anchors.
+            mining: a MiningConfig, or a dict of one: the classification loss is of each image's hardest anchors only
+                (§5.1); the box loss and the normaliser stay those of all. None: of all anchors.
             jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
         """
         if normalizer not in ("image", "minibatch"):
             raise ValueError(f'normalizer: expected "image" or "minibatch", got {normalizer!r}')
-        self.classification_loss = keras.losses.get(classification_loss) or losses.FocalLoss()
-        self.box_loss = keras.losses.get(box_loss) or losses.SmoothL1Loss()
+        self.classification_loss = losses.get(classification_loss) or losses.FocalLoss()
+        self.box_loss = losses.get(box_loss) or losses.SmoothL1Loss()
         self.box_weight, self.normalizer, self.jit_step = box_weight, normalizer, jit_compile
+        mining = MiningConfig(**mining) if isinstance(mining, dict) else mining
         self.mining = mining if mining and mining.batch_size else None
         self._gradients = None
         on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -150,9 +151,7 @@ class RetinaNet(keras.Model):
         return keras.saving.serialize_keras_object(config)
 
     def compile_from_config(self, config):
-        config = keras.saving.deserialize_keras_object(config)
-        mining = config.pop("mining", None)
-        self.compile(**config, mining=mining and MiningConfig(**mining))
+        self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
     def loss_terms(self, images, truth, outputs):

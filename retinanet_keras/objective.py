@@ -70,7 +70,7 @@ def _anchor_losses(loss, class_targets, logits):
         float32 [B, A].
     """
     own = ops.take_along_axis(logits, ops.maximum(class_targets, 0)[..., None], axis=-1)  # [B, A, 1]
-    if isinstance(loss, losses.LogitLoss):  # these broadcast their targets
+    if isinstance(loss, losses.ElementLoss):  # these broadcast their targets
         zero, one = ops.zeros((1, 1, 1)), ops.ones((1, 1, 1))
         negative, change = loss.call(zero, logits), loss.call(one, own) - loss.call(zero, own)
     else:

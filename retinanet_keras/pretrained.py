@@ -30,11 +30,16 @@ def load(backbone, weights, std=STD):
         return MEAN
     try:
         backbone.load_weights(weights)
-        with h5py.File(weights) as file:
-            mean = file.attrs.get(PIXEL_MEAN)
+        return pixel_mean(weights)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"weights: {weights} cannot be loaded into a {backbone.name} ({first})") from None
+
+
+def pixel_mean(path):
+    """The pixel mean, RGB, that a file of `save` holds, or None."""
+    with h5py.File(path) as file:
+        mean = file.attrs.get(PIXEL_MEAN)
     return None if mean is None else tuple(float(value) for value in mean)
 
 

@@ -183,11 +183,11 @@ def test_imagenet_backbones(depth, name, statistics, tmp_path):
 
 
 def test_convert_as_typed(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "model_final.pkl", foreign.detectron2())
-    monkeypatch.setattr("sys.argv", ["retinanet_keras", "convert", str(path), str(tmp_path / "out.keras")])
+    path, out = write(tmp_path / "model_final.pkl", foreign.detectron2()), tmp_path / "new" / "out.keras"
+    monkeypatch.setattr("sys.argv", ["retinanet_keras", "convert", str(path), str(out)])
     assert not main()
-    assert f"80 classes on resnet50, written to {tmp_path}/out.keras" in capsys.readouterr().out
-    assert keras.models.load_model(tmp_path / "out.keras").detection.clip == "after_nms"
+    assert f"80 classes on resnet50, written to {out}" in capsys.readouterr().out
+    assert keras.models.load_model(out).detection.clip == "after_nms"
 
 
 # Refusals
@@ -224,10 +224,33 @@ def test_other_anchors_than_the_configurations_are_refused(tmp_path):
 
 def test_other_numbers_of_anchors_are_refused(small, tmp_path):
     weights = {**small, "head.cls_score.bias": np.zeros(10, "float32")}
-    with pytest.raises(
-        UserError, match=r"head.cls_score.bias should have a multiple of 9 on axis 0; its shape is \[10\]"
-    ):
+    with pytest.raises(UserError, match=r"head.cls_score.bias is \[10\], expected \[18\]"):
         checkpoints.load(write(tmp_path / "a.npz", weights))
+
+
+@pytest.mark.parametrize("make, name", [
+    (foreign.detectron, "res4_2_branch2a_w"), (foreign.detectron, "retnet_cls_conv_n1_fpn3_w"),
+    (foreign.detectron, "retnet_cls_pred_fpn3_w"), (foreign.detectron, "conv1_w"),
+    (foreign.detectron2, "backbone.bottom_up.res4.2.conv1.weight"), (foreign.detectron2, "head.cls_subnet.2.weight"),
+    (foreign.detectron2, "head.cls_score.weight"), (foreign.detectron2, "backbone.fpn_lateral5.weight"),
+    (foreign.torchvision_v1, "head.classification_head.conv.0.0.weight"),
+    (foreign.torchvision_v1, "backbone.fpn.inner_blocks.0.0.weight"),
+])  # fmt: skip
+def test_any_one_missing_entry_is_the_one_that_is_named(make, name, tmp_path):
+    classes = 91 if make is foreign.torchvision_v1 else 2
+    weights = make(num_classes=classes)
+    with pytest.raises(UserError) as error:
+        checkpoints.load(write(tmp_path / "a.npz", without(weights, name)))
+    assert str(error.value).endswith(f"but not all of it fits.\n  missing: {name}")
+
+
+def test_names_like_those_that_are_not_used_are_unknown(small, tmp_path):
+    weights = {**foreign.detectron(num_classes=2), "pred_mask_w": np.zeros(1), "lrn_conv_w": np.zeros(1)}
+    with pytest.raises(UserError, match="unknown: pred_mask_w, lrn_conv_w$"):
+        checkpoints.load(write(tmp_path / "a.npz", weights))
+    weights = {**small, "roi.num_batches_tracked": np.zeros(())}
+    with pytest.raises(UserError, match="unknown: roi.num_batches_tracked$"):
+        checkpoints.load(write(tmp_path / "b.npz", weights))
 
 
 def test_an_unknown_depth_is_refused(small, tmp_path):
@@ -250,7 +273,7 @@ def test_files_of_other_models_are_refused(tmp_path):
 
 def test_other_numbers_of_classes_have_the_categories_given(small, tmp_path):
     path = write(tmp_path / "a.npz", small)
-    assert checkpoints.load(path).categories is None
+    assert [c["name"] for c in checkpoints.load(path).categories] == ["class 0", "class 1"]
     names = [{"label": 0, "id": 5, "name": "cat"}, {"label": 1, "id": 9, "name": "dog"}]
     model = checkpoints.load(path, names)
     assert model.num_classes == 2 and model.categories == names

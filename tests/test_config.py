@@ -116,6 +116,21 @@ def test_an_unknown_key_like_no_other_names_the_sections():
     assert "unknown key qqqqqqq." in message and "data, detection, eval, loss, mining, model, targets, train" in message
 
 
+# What belongs together
+
+
+@pytest.mark.parametrize("tree, answer", [
+    ({"mining": {"ratio": 3}}, "mining.ratio: expected mining.batch_size above 0"),
+    ({"loss": {"kind": "focal_star", "gamma": 0}}, "loss.gamma: expected a number above 0"),
+    ({"detection": {"pad_multiple": 48}}, "a multiple of 32, got 48"),
+    ({"loss": {"kind": "focal_loss"}}, "Did you mean focal"),
+    ({"anchors": {"rounding": "integer"}}, "Did you mean integers"),
+    ({"detection": {"clip": "after"}}, "expected one of before_nms, after_nms, inclusive"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(tree, answer):
+    assert answer in error_of(tree)
+
+
 # Values
 
 

@@ -44,11 +44,11 @@ def holds(ours, theirs, dtype):
     np.testing.assert_allclose(ours[~large], theirs[~large], atol=1e-30, rtol=0)
 
 
-def check(function, value_of, slope_of, alpha, y, dtype):
+def check(function, value_of, slope_of, alpha, y, dtype, logits=LOGITS):
     """A loss against its value and derivative by x_t in 60 digits, for logits of -1000 to 1000."""
     if dtype == "float64" and backends.NAME == "jax":
         pytest.skip("JAX computes in float32 unless told otherwise")
-    logits = LOGITS.astype(dtype)
+    logits = logits.astype(dtype)
     value, slope = value_and_slope(function, logits, y)
     assert value.dtype == slope.dtype == dtype
     sign = 2 * y - 1
@@ -107,6 +107,22 @@ def test_hinge(alpha, y, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("y", CLASSES)
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 1.0])
+def test_hinge_of_other_thresholds(threshold, y, dtype):
+    """Beside where it ends, too, which is at the logit of the threshold."""
+    end = 0.0 if threshold == 1 else math.log(threshold / (1 - threshold))
+    near = [sign * (end + step) for sign in (1, -1) for step in (-1e-3, -1e-5, 1e-5, 1e-3)]
+    logits = np.array([*LOGITS, *near])
+    check(
+        lambda x, t: losses.hinge(x, t, threshold=threshold),
+        lambda x: max(0, mpmath.mpf(threshold) - sigmoid(x)),
+        lambda x: -sigmoid(x) * sigmoid(-x) if sigmoid(x) < threshold else 0,
+        None, y, dtype, logits,
+    )  # fmt: skip
+
+
 def test_hinge_by_hand():
     values = losses.hinge(np.float32([0, 1000, -1000, math.log(3), 0]), np.float32([1, 1, 1, 0, 0]), threshold=0.75)
     np.testing.assert_allclose(ops.convert_to_numpy(values), [0.25, 0, 0.75, 0.5, 0.25], atol=1e-6)
@@ -147,24 +163,26 @@ def test_the_backward_pass_keeps_logits_and_targets_alone():
     import tensorflow as tf
 
     @tf.function
-    def forward(x, upstream):
+    def both(x, upstream):
         with tf.GradientTape() as tape:
             tape.watch(x)
             value = losses.focal(x, tf.ones((1, 1)))
-        (slope,) = [tape.gradient(value, x, output_gradients=upstream)]
-        return slope
+        return value, tape.gradient(value, x, output_gradients=upstream)
 
-    graph = forward.get_concrete_function(*[tf.TensorSpec([500, 700])] * 2).graph
-    # What the slope needs, walked back to the arguments, holds no operation of the loss's value.
-    seen, open_ = set(), [output.op for output in graph.outputs]
-    while open_:
-        op = open_.pop()
-        if op.name not in seen:
-            seen.add(op.name)
-            open_ += [tensor.op for tensor in op.inputs]
-    value_ops = {op.name for op in graph.get_operations() if op.type == "Exp"} - seen
-    assert value_ops, "the value's own power is not part of the slope's graph"
-    assert sum(op.type == "Placeholder" for op in graph.get_operations() if op.name in seen) == 2
+    def needed(output):
+        """What an output is computed from, and is as large as the logits."""
+        seen, open_ = {}, [output.op]
+        while open_:
+            op = open_.pop()
+            if op.name not in seen:
+                seen[op.name] = op
+                open_ += [tensor.op for tensor in op.inputs]
+        return {name for name, op in seen.items() if op.outputs[0].shape == (500, 700)}, seen
+
+    graph = both.get_concrete_function(*[tf.TensorSpec([500, 700])] * 2).graph
+    (of_value, operations), (of_slope, _) = map(needed, graph.outputs)
+    assert len(of_value) > 4 and len(of_slope) > 4
+    assert {operations[name].type for name in of_value & of_slope} <= {"Placeholder", "Identity", "IdentityN"}
 
 
 # What the paper says
@@ -264,7 +282,19 @@ def test_classes_serialise_and_equal_the_functions(made, function):
     targets = rng.integers(0, 2, (2, 5)).astype("float32")
     expected = ops.convert_to_numpy(function(predictions, targets))
     for loss in (made, again):
-        np.testing.assert_allclose(ops.convert_to_numpy(loss(targets, predictions)), expected, rtol=1e-6)
+        np.testing.assert_allclose(ops.convert_to_numpy(loss.call(targets, predictions)), expected, rtol=1e-6)
+        assert float(loss(targets, predictions)) == pytest.approx(expected.mean(), rel=1e-5)  # Keras's reduction
+
+
+def test_sample_weights_count_samples_or_elements():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 3)).astype("float32"), np.eye(3, dtype="float32")
+    weight = np.float32([1, 0, 2])
+    elements = reference.focal(x, y)
+    loss = losses.FocalLoss()
+    assert float(loss(y, x, sample_weight=weight)) == pytest.approx((elements * weight[:, None]).mean(), rel=1e-5)
+    each = rng.random((3, 3)).astype("float32")
+    assert float(loss(y, x, sample_weight=each)) == pytest.approx((elements * each).mean(), rel=1e-5)
 
 
 def test_classes_take_a_reduction():
@@ -281,11 +311,13 @@ def test_half_precision_is_reduced_in_float32(loss):
     whole = type(loss).from_config({**loss.get_config(), "reduction": "sum"})
     total = whole(ops.ones_like(half), half)
     assert keras.backend.standardize_dtype(total.dtype) == "float32"
-    one = float(type(loss).from_config({**loss.get_config(), "reduction": "sum"})(np.ones(1), np.float32([-3.0])))
+    one = float(whole(np.ones(1), np.float32([-3.0])))
     assert float(total) == pytest.approx(100_000 * one, rel=1e-3)
+    under = type(loss)(reduction="sum", dtype="mixed_float16")
+    assert np.isfinite(float(under(ops.ones_like(half), half)))
 
 
-@pytest.mark.parametrize("loss", [losses.FocalLoss(reduction="sum_over_batch_size"), losses.HingeLoss(reduction="sum")])
+@pytest.mark.parametrize("loss", [losses.FocalLoss(), losses.HingeLoss(reduction="sum")])
 def test_they_train_any_keras_model(loss):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.layers.Dense(1, kernel_initializer=keras.initializers.Constant(-1.0))])

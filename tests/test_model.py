@@ -231,6 +231,12 @@ def test_no_boxes_at_all(small_model):
     assert float(model.box_tracker.result()) == float(model.positives_tracker.result()) == 0
 
 
+def test_a_function_of_the_package_stands_for_its_loss(small_model):
+    model = small_model()
+    model.compile(classification_loss=losses.focal, box_loss=losses.smooth_l1)
+    assert isinstance(model.classification_loss, losses.FocalLoss) and isinstance(model.box_loss, losses.SmoothL1Loss)
+
+
 def test_a_keras_loss_gives_the_same_value(small_model):
     model = lively(small_model())
     outputs = model(IMAGES)
@@ -317,7 +323,7 @@ def test_every_loss_of_the_family_is_summed_without_one_hot_targets(small_model,
         tape.watch(logits)
         ours = model.loss_terms(IMAGES, TRUTH, outputs)[0]
         count = tf.reduce_sum(tf.cast(class_targets >= 0, tf.float32), 1)
-        each = tf.reduce_sum(loss(one_hot, logits) * used[..., None], [1, 2])
+        each = tf.reduce_sum(loss.call(one_hot, logits) * used[..., None], [1, 2])
         textbook = tf.reduce_sum(each / tf.maximum(count, 1.0))
     np.testing.assert_allclose(ours, textbook, rtol=1e-5)
     np.testing.assert_allclose(tape.gradient(ours, logits), tape.gradient(textbook, logits), rtol=1e-4, atol=1e-7)

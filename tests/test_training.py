@@ -9,14 +9,16 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras.config import config_from_dict
+from retinanet_keras import backbone as backbones
+from retinanet_keras import losses, pretrained
+from retinanet_keras.config import MiningConfig, config_from_dict
 from retinanet_keras.data import sources
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.serving import detector
 from retinanet_keras.training import callbacks, evaluator, run
 from retinanet_keras.training.checkpoints import Checkpoints, load_run
-from retinanet_keras.training.folder import RunError, RunFolder
+from retinanet_keras.training.folder import RunError, RunFolder, build_model
 
 
 def weights_and_slots(folder):
@@ -284,3 +286,33 @@ def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):
 def test_there_is_no_run_in_an_empty_folder(tmp_path):
     with pytest.raises(RunError, match="There is no run .* python train.py"):
         load_run(tmp_path)
+
+
+def test_a_run_keeps_the_pixel_mean_of_its_weights(tiny_config, data_dir, tmp_path):
+    """And trains with another loss on mined anchors."""
+    pretrained.save(backbones.resnet("resnet18", width=8, norm="batch"), tmp_path / "b.weights.h5", (100, 110, 120))
+    config = tiny_config(
+        data_dir, model={"weights": str(tmp_path / "b.weights.h5")}, loss={"kind": "cross_entropy", "alpha": None},
+        mining={"batch_size": 16, "ratio": 3}, train={"iterations": 2}, eval={"every": 0, "keep": "last"},
+    )  # fmt: skip
+    run.train(config, tmp_path / "run")
+    (tmp_path / "b.weights.h5").unlink()
+    again, model = load_run(tmp_path / "run")
+    assert model.pixel_mean == again.model.pixel_mean == (100, 110, 120)
+    assert isinstance(model.classification_loss, losses.CrossEntropyLoss)
+    assert model.mining == MiningConfig(batch_size=16, nms_iou=0.5, ratio=3)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, losses.FocalLoss(0.25, 2.0)),
+    ({"kind": "focal", "alpha": None, "gamma": 0.5}, losses.FocalLoss(None, 0.5)),
+    ({"kind": "cross_entropy", "alpha": 0.75}, losses.CrossEntropyLoss(0.75)),
+    ({"kind": "focal_star", "gamma": 4, "star_beta": 0.0}, losses.FocalStarLoss(0.25, 4.0, 0.0)),
+    ({"kind": "hinge", "alpha": None, "hinge_threshold": 0.7}, losses.HingeLoss(None, 0.7)),
+])  # fmt: skip
+def test_the_loss_of_a_configuration(tiny_config, tmp_path, settings, expected):
+    categories = Categories.from_list([{"label": 0, "id": 1, "name": "a"}])
+    model = build_model(tiny_config(tmp_path, loss=settings), categories)
+    assert type(model.classification_loss) is type(expected)
+    assert model.classification_loss.get_config() == expected.get_config()
+    assert model.mining is None

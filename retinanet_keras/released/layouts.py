@@ -4,6 +4,7 @@ A part of the network has the name of its layer here: `stem`, `res2_0_conv1` ...
 `output3` to `5`, `p6`, `p7`, `class0` ..., `class_final`, `box0` ..., `box_final`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +37,10 @@ NO_STD = (1.0, 1.0, 1.0)
 class Layout:
     """A kind of file.
 
-    `mark`: an entry that files of this kind, and no others, have. `suffixes`: of kernel and bias. `norm`: of batch
-    normalisation's gamma, beta, mean and variance; only the first two where statistics are part of them.
-    `cell`: position in the file's cell of each anchor, ordered scale, then ratio .5, 1, 2. `extras`: how the names of
-    entries begin that the network does not use. `settings`: of the RetinaNet.
+    `mark`: how an entry begins that files of this kind, and no others, have. `suffixes`: of kernel and bias. `norm`: of
+    batch normalisation's gamma, beta, mean and variance; only the first two where statistics are part of them. `cell`:
+    position in the file's cell of each anchor, ordered scale, then ratio .5, 1, 2. `extras`: entries that the network
+    does not use; those that end in a dot or a slash are beginnings. `settings`: of the RetinaNet.
     """
 
     name: str
@@ -58,11 +59,11 @@ class Layout:
 TORCH = {"suffixes": (".weight", ".bias"), "norm": (".weight", ".bias", ".running_mean", ".running_var")}
 
 DETECTRON = Layout(
-    name="Detectron", mark="retnet_cls_pred_fpn3_w", suffixes=("_w", "_b"), norm=("_s", "_b"),
+    name="Detectron", mark="retnet_", suffixes=("_w", "_b"), norm=("_s", "_b"),
     pixel_mean=DETECTRON_MEAN, pixel_std=NO_STD, bgr=True, norm_epsilon=0.0,
     cell=tuple(3 * k + ratio for k in range(3) for ratio in (2, 0, 1)),  # its ratios: 1, 2, .5
     # Trained files carry along the classifier of ImageNet, and for a ResNet-50 a bias of conv1, none of it in use.
-    extras=("__preserve__/", "fc1000_", "pred_", "conv1_b", "lr"),
+    extras=("__preserve__/", "fc1000_w", "fc1000_b", "pred_w", "pred_b", "conv1_b", "lr"),
     settings={
         "anchors": AnchorConfig(rounding="cell"),
         "targets": TargetConfig(low_quality="detectron"),
@@ -71,7 +72,7 @@ DETECTRON = Layout(
 )  # fmt: skip
 
 DETECTRON2 = Layout(
-    name="Detectron2", mark="head.cls_score.weight", **TORCH,
+    name="Detectron2", mark="backbone.bottom_up.", **TORCH,
     pixel_mean=DETECTRON2_MEAN, pixel_std=NO_STD, bgr=True, norm_epsilon=1e-5, cell=tuple(range(9)),
     extras=("anchor_generator.cell_anchors.", "backbone.bottom_up.stem.fc."),
     settings={
@@ -82,7 +83,7 @@ DETECTRON2 = Layout(
 )  # fmt: skip
 
 TORCHVISION = Layout(
-    name="torchvision", mark="head.classification_head.cls_logits.weight", **TORCH,
+    name="torchvision", mark="backbone.body.", **TORCH,
     pixel_mean=DETECTRON2_MEAN, pixel_std=RESNEXT_STD, bgr=False, norm_epsilon=1e-5,
     cell=tuple(3 * ratio + k for k in range(3) for ratio in range(3)),  # ratio outer, scale inner
     settings={
@@ -164,9 +165,9 @@ def head_names(layout, blocks, depth, weights):
 
 
 def _torchvision_head(depth, weights):
-    new_pyramid = "backbone.fpn.inner_blocks.0.0.weight" in weights
-    new_head = "head.classification_head.conv.0.0.weight" in weights
-    normed = "head.classification_head.conv.0.1.weight" in weights
+    new_pyramid = any(re.match(r"backbone\.fpn\.inner_blocks\.\d\.0\.", name) for name in weights)
+    new_head = any(re.match(r"head\.\w+\.conv\.\d\.0\.", name) for name in weights)
+    normed = any(re.match(r"head\.\w+\.conv\.\d\.1\.", name) for name in weights)
     names = {level: (f"backbone.fpn.extra_blocks.{level}", None) for level in ("p6", "p7")}
     for ours, theirs in (("lateral", "inner"), ("output", "layer")):
         for i in range(3):
@@ -181,42 +182,44 @@ def _torchvision_head(depth, weights):
     return names
 
 
-def count(weights, pattern):
-    """How many of pattern.format(0), pattern.format(1), ... a file has."""
-    number = 0
-    while pattern.format(number) in weights:
-        number += 1
-    return number
-
-
 def find_blocks(layout, weights):
-    """Numbers of blocks of res2 to res5 in a file."""
+    """Numbers of blocks of res2 to res5 in a file, whatever entries of them are missing."""
     patterns = {
-        "Detectron": "res{stage}_{{}}_branch2a_w",
-        "Detectron2": "backbone.bottom_up.res{stage}.{{}}.conv1.weight",
-        "torchvision": "backbone.body.layer{layer}.{{}}.conv1.weight",
+        "Detectron": r"res{stage}_(\d+)_",
+        "Detectron2": r"backbone\.bottom_up\.res{stage}\.(\d+)\.",
+        "torchvision": r"backbone\.body\.layer{layer}\.(\d+)\.",
     }
     pattern = patterns[layout.name]
-    return tuple(count(weights, pattern.format(stage=stage, layer=stage - 1)) for stage in (2, 3, 4, 5))
+    return tuple(_count(weights, pattern.format(stage=stage, layer=stage - 1)) for stage in (2, 3, 4, 5))
 
 
 def find_depth(layout, weights):
     """Convolutions in a subnet before its last."""
     if layout.name == DETECTRON.name:
-        return count(weights, "retnet_cls_conv_n{}_fpn3_w")
+        return _count(weights, r"retnet_(?:cls|bbox)_conv_n(\d+)_fpn3")
     if layout is DETECTRON2:
-        return sum(f"head.cls_subnet.{2 * i}.weight" in weights for i in range(100))
-    base = "head.classification_head.conv"
-    if f"{base}.0.0.weight" in weights:
-        return count(weights, base + ".{}.0.weight")
-    return sum(f"{base}.{2 * i}.weight" in weights for i in range(100))
+        return (_count(weights, r"head\.(?:cls|bbox)_subnet\.(\d+)\.") + 1) // 2  # each second is a ReLU
+    head = r"head\.(?:classification|regression)_head\.conv\.(\d+)\."
+    return _count(weights, head + r"0\.") or (_count(weights, head) + 1) // 2
+
+
+def _count(weights, pattern):
+    """One more than the highest number that a pattern finds at the beginning of names."""
+    found = (re.match(pattern, name) for name in weights)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def imagenet(weights):
     """The Layout of one of Detectron's ImageNet files, or of Detectron2's copies, which have their statistics."""
     convs = tuple(name.removesuffix("_w") + "_b" for name in weights if name.endswith("_w"))
     common = {"name": "Detectron", "mark": "conv1_w", "suffixes": ("_w", "_b"), "bgr": True, "cell": ()}
-    common["extras"] = ("fc1000_", "pred_", *convs)  # biases of convolutions: Detectron's network has none
+    common["extras"] = (
+        "fc1000_w",
+        "fc1000_b",
+        "pred_w",
+        "pred_b",
+        *convs,
+    )  # biases of convolutions: Detectron's network has none
     if "res_conv1_bn_s" in weights:
         return Layout(norm=("_s", "_b"), pixel_mean=DETECTRON_MEAN, pixel_std=NO_STD, norm_epsilon=0.0, **common)
     grouped = (

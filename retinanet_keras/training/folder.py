@@ -4,9 +4,10 @@ import csv
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from retinanet_keras import losses, optimizers
+from retinanet_keras import losses, optimizers, pretrained
 from retinanet_keras.config import ConfigError, UserError, config_from_dict
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.model import RetinaNet
@@ -113,6 +114,18 @@ class RunFolder:
         return Categories.from_list(json.loads(self.categories_file.read_text()))
 
 
+def settle(config):
+    """The Config with the pixel mean that its file of weights expects, so that the run's own config.json has it."""
+    weights = config.model.weights
+    if weights in (None, "imagenet") or not Path(weights).is_file():
+        return config
+    try:
+        mean = pretrained.pixel_mean(weights)
+    except OSError:  # no such file as it should be; loading it says so
+        return config
+    return replace(config, model=replace(config.model, pixel_mean=mean)) if mean else config
+
+
 def build_model(config, categories, weights=None):
     """The compiled RetinaNet of a configuration.
 
@@ -125,7 +138,8 @@ def build_model(config, categories, weights=None):
     net = RetinaNet(
         len(categories), model.backbone, weights=weights, anchors=config.anchors, targets=config.targets,
         detection=config.detection, fpn_channels=model.fpn_channels, head_depth=model.head_depth, prior=model.prior,
-        norm=model.norm, width=model.width, freeze_at=model.freeze_at, categories=categories.to_list(),
+        norm=model.norm, width=model.width, freeze_at=model.freeze_at, pixel_mean=model.pixel_mean,
+        categories=categories.to_list(),
     )  # fmt: skip
     loss = config.loss
     net.compile(

@@ -14,7 +14,7 @@ from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import callbacks, evaluator
 from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights
+from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights, settle
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -30,6 +30,7 @@ def train(config, workdir):
         the metrics on the last split evaluated.
     """
     began = time.perf_counter()
+    config = settle(config)
     folder = RunFolder(workdir)
     train_set = sources.open_split(config.data, config.data.train_split, keep_empty=config.data.keep_empty)
     val_set = sources.open_split(config.data, config.data.val_split)
