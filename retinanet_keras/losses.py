@@ -75,8 +75,8 @@ def hinge(logits, targets, alpha=None, threshold=0.5):
     logit = math.log(threshold / (1 - threshold)) if threshold < 1 else math.inf  # where the loss ends
     coarse = float(np.float32(logit))
 
-    def beyond(x_t):  # x_t - logit, exactly near 0
-        return ops.minimum((x_t - coarse) - (logit - coarse if threshold < 1 else 0.0), 0.0)
+    def beyond(x_t):  # x_t - logit where that is negative, else 0; exact near 0
+        return -ops.relu((logit - coarse if threshold < 1 else 0.0) - (x_t - coarse))
 
     return _on_true_logit(
         lambda x_t: -threshold * ops.sigmoid(-x_t) * ops.expm1(beyond(x_t)),  # threshold - p_t, no cancellation
