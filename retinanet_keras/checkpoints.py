@@ -37,7 +37,10 @@ def load(path, categories=None):
         UserError: where the file cannot be read, is of no known layout, or has entries that are unknown, missing or of
             other shapes; they are listed by name.
     """
-    weights = files.read(path)
+    return _retinanet_of(path, files.read(path), categories)
+
+
+def _retinanet_of(path, weights, categories):
     layout = next((one for one in layouts.LAYOUTS if any(name.startswith(one.mark) for name in weights)), None)
     if layout is None:
         hint = (
@@ -88,7 +91,10 @@ def load_backbone(path):
     Raises:
         UserError: as `load`.
     """
-    weights = files.read(path)
+    return _backbone_of(path, files.read(path))
+
+
+def _backbone_of(path, weights):
     if not _is_backbone(weights):
         raise UserError(f"{path} holds no backbone with Detectron's names: {_some(weights)}")
     source = _Source(path, layouts.imagenet(weights), weights)
@@ -111,18 +117,20 @@ def convert(path, out):
     Returns:
         one line that says what was converted.
     """
-    suffix = ".weights.h5" if _is_backbone(files.read(path)) else ".keras"
-    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    weights = files.read(path)
+    alone = _is_backbone(weights)
+    suffix = ".weights.h5" if alone else ".keras"
     if not str(out).endswith(suffix):
-        what = "a backbone, which is" if suffix != ".keras" else "a RetinaNet, which is"
-        raise UserError(f"{out}: {path} holds {what} written to a file that ends in {suffix}")
-    if suffix == ".keras":
-        model = load(path)
-        model.save(out)
-        return f"a RetinaNet of {model.num_classes} classes on {model.backbone.name}, written to {out}"
-    model, mean = load_backbone(path)
-    pretrained.save(model, out, mean)
-    return f"a {model.name} trained on ImageNet, written to {out}"
+        what = "a backbone" if alone else "a RetinaNet"
+        raise UserError(f"{out}: {path} holds {what}, which is written to a file that ends in {suffix}")
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if alone:
+        model, mean = _backbone_of(path, weights)
+        pretrained.save(model, out, mean)
+        return f"a {model.name} trained on ImageNet, written to {out}"
+    model = _retinanet_of(path, weights, None)
+    model.save(out)
+    return f"a RetinaNet of {model.num_classes} classes on {model.backbone.name}, written to {out}"
 
 
 def _is_backbone(weights):

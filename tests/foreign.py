@@ -355,6 +355,12 @@ def permutation(kind):
     return [0, 3, 6, 1, 4, 7, 2, 5, 8]  # ratio outer, scale inner
 
 
+def in_that_order(kind, values):
+    """[B, A, V] of the framework with its cells in the order of `permutation`."""
+    cells = values.reshape(len(values), -1, 9, values.shape[-1])[:, :, permutation(kind)]
+    return cells.reshape(len(values), -1, values.shape[-1])
+
+
 def anchors(kind, height, width):
     """All anchors of an image of that size, multiples of 32. -> float64 [A, 4]"""
     levels = []

@@ -28,8 +28,7 @@ def test_the_forward_model_is_that_of_another_framework(kind, tmp_path):
     image = np.random.default_rng(1).integers(0, 256, (1, 128, 128, 3)).astype("uint8")
     ours = backends.numpy_of(model(image))
     for name, theirs in zip(("logits", "deltas"), foreign.forward(kind, weights, image), strict=True):
-        cells = theirs.reshape(1, -1, 9, theirs.shape[-1])[:, :, foreign.permutation(kind)]
-        theirs = cells.reshape(1, -1, theirs.shape[-1])
+        theirs = foreign.in_that_order(kind, theirs)
         theirs = theirs[..., foreign.COCO_IDS] if theirs.shape[-1] == 91 else theirs
         np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=1e-4 if name == "logits" else 1e-5)
     found = backends.numpy_of(model.detect(image))

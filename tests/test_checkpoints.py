@@ -51,15 +51,9 @@ def released(request, tmp_path_factory):
     return kind, plain() if plain else weights, model
 
 
-def in_our_order(kind, values):
-    """[B, A, V] from the framework's order of anchors to this project's."""
-    cells = values.reshape(len(values), -1, 9, values.shape[-1])[:, :, foreign.permutation(kind)]
-    return cells.reshape(len(values), -1, values.shape[-1])
-
-
 def theirs(kind, weights, images):
     """Logits and deltas of the framework in this project's order, of 80 classes."""
-    logits, deltas = (in_our_order(kind, values) for values in foreign.forward(kind, weights, images))
+    logits, deltas = (foreign.in_that_order(kind, values) for values in foreign.forward(kind, weights, images))
     return logits[..., foreign.COCO_IDS] if logits.shape[-1] == 91 else logits, deltas
 
 
@@ -71,7 +65,7 @@ def test_outputs_and_anchors_are_the_frameworks(released, height, width):
     assert logits.std() > 1 and deltas.std() > 0.05
     np.testing.assert_allclose(ours["logits"], logits, rtol=0, atol=1e-4)
     np.testing.assert_allclose(ours["deltas"], deltas, rtol=0, atol=1e-5)
-    expected = in_our_order(kind, foreign.anchors(kind, height, width)[None])[0]
+    expected = foreign.in_that_order(kind, foreign.anchors(kind, height, width)[None])[0]
     np.testing.assert_allclose(anchor_boxes(height, width, model.anchors), expected, rtol=0, atol=1e-4)
 
 
@@ -92,7 +86,7 @@ def test_post_processing_is_the_frameworks(name):
 
     settings = {k: getattr(detection, k) for k in ("clip", "p7_threshold", "max_detections")}
     found = detections.decode(
-        in_our_order(kind, logits), in_our_order(kind, deltas), anchor_boxes(height, width, anchors),
+        foreign.in_that_order(kind, logits), foreign.in_that_order(kind, deltas), anchor_boxes(height, width, anchors),
         level_sizes(height, width, anchors), 230, 301, **settings,
     )  # fmt: skip
     found = {key: ops.convert_to_numpy(value)[0] for key, value in found.items()}
