@@ -13,6 +13,7 @@ PACKAGE = ROOT / "retinanet_keras"
 
 # Modules of one row do not import each other.
 TABLE = (
+    ("settings",),
     ("config",),
     ("boxes",),
     ("nms",),
