@@ -2,7 +2,7 @@
 
 import argparse
 
-from retinanet_keras import cli, config
+from retinanet_keras import cli, config, settings
 
 
 def main():
@@ -36,6 +36,10 @@ def main():
     verb.add_argument("out", help="a .keras file to write; for a backbone alone a .weights.h5 file")
     verb.set_defaults(call=convert)
 
+    verb = verbs.add_parser("replay", help="compute a training step that was not finite again, image by image")
+    verb.add_argument("file", help="the .npz that training wrote")
+    verb.set_defaults(call=replay)
+
     verb = verbs.add_parser("config", help="list every setting, its default, and the default's source")
     verb.set_defaults(call=list_settings)
 
@@ -58,11 +62,11 @@ def detect(args):
 
 
 def inspect(args):
-    settings = config.load_config(args.config, args.set)
+    loaded = config.load_config(args.config, args.set)
     cli.import_tensorflow()
     from retinanet_keras.data import inspection
 
-    return int(bool(inspection.inspect(settings, args.to)["errors"]))
+    return int(bool(inspection.inspect(loaded, args.to)["errors"]))
 
 
 def convert(args):
@@ -72,8 +76,15 @@ def convert(args):
     print(checkpoints.convert(args.file, args.out))
 
 
+def replay(args):
+    cli.import_tensorflow()
+    from retinanet_keras import commands
+
+    return commands.replay(args.file)
+
+
 def list_settings(args):
-    for key, default, doc, source in config.describe():
+    for key, default, doc, source in settings.describe(config.Config):
         print(f"{key} = {default}\n    {doc} [{source}]")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from retinanet_keras import anchors, backbone, pretrained
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import UserError
 from retinanet_keras.model import RetinaNet
 from retinanet_keras.released import files, layouts
 

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import Interrupted, UserError
 
 # A full or read-only disk, in the words that Python's, TensorFlow's and HDF5's errors share.
 REFUSALS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
@@ -34,6 +34,9 @@ def run_command(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(f"{stop.name}: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

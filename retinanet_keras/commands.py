@@ -13,6 +13,7 @@ from retinanet_keras.results import draw, evaluation
 from retinanet_keras.serving import detector
 from retinanet_keras.serving.export import export_model, find
 from retinanet_keras.training import evaluator
+from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights
 
@@ -176,3 +177,19 @@ def _image_files(paths):
             yield path, path.name
         else:
             raise DataError(f"There is no image {path}")
+
+
+def replay(path):
+    """`replay`: what each image of a failed training step gives; the status is 1 where it is not finite again."""
+    print(f"{'image':>12}  boxes  positives  class loss    box loss  gradient norm")
+    failed = False
+    for row in replays.replay(path):
+        failed |= bool(row["not_finite"])
+        print(
+            f"{row['image_id']:>12}  {row['boxes']:>5}  {row['positives']:>9}  {row['classification']:>10.4g}  "
+            f"{row['box']:>10.4g}  {row['gradient_norm']:>13.4g}"
+        )
+        if row["not_finite"]:
+            shown = ", ".join(row["not_finite"][:3])
+            print(f"{'':>12}  not finite: the gradients of {len(row['not_finite'])} variables ({shown}, ...)")
+    return int(failed)

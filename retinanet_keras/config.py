@@ -11,32 +11,16 @@ the paper, Detectron (the authors' own code, for what the paper leaves open), or
 import dataclasses
 import difflib
 import json
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from retinanet_keras import settings
+from retinanet_keras.settings import ConfigError, setting
 
 VERSION = 1
 
 OURS = "this project's choice"
 DETECTRON = "Detectron: not in the paper"
-
-
-class UserError(ValueError):
-    """An error that the user can mend; its message says how. The command lines show it without a traceback."""
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used; the message names the key, what was expected and what came."""
-
-
-def setting(default, source, doc, **limits):
-    """A dataclass field with its source, one line of documentation, and limits.
-
-    Limits: `choices` (a tuple), `at_least`, `above`, `at_most`, `below`; each holds for every element of a tuple.
-    """
-    return field(default=default, metadata={"source": source, "doc": doc, **limits})
 
 
 @dataclass(frozen=True)
@@ -76,15 +60,15 @@ class ShapesConfig:
 class DataConfig:
     """Where images and boxes come from, and how they become network input."""
 
-    source: str = setting("coco", OURS, "kind of dataset", choices=("coco", "shapes", "tfds"))
-    dir: str = setting("data/coco", OURS, "folder of the dataset, relative to the current folder")
+    source: str = setting("tfds", OURS, "kind of dataset", choices=("coco", "shapes", "tfds"))
+    dir: str = setting("data/tfds", OURS, "folder of the dataset, relative to the current folder")
     name: str = setting("coco/2017", OURS, "TFDS builder; source `tfds` only")
     annotations: str = setting(
         "annotations/instances_{split}.json", "COCO's layout", "annotation file in `dir`, {split} filled in"
     )
     images: str = setting("images", OURS, "image folder in `dir`; may contain {split}")
-    train_split: str = setting("train", OURS, "split trained on")
-    val_split: str = setting("val", OURS, "split evaluated during training")
+    train_split: str = setting("trainval35k", "§5", "split trained on")
+    val_split: str = setting("minival", "§5", "split evaluated during training")
     test_split: str = setting("", OURS, "split evaluated at the end; empty: `val_split`")
     keep_empty: bool = setting(False, DETECTRON, "train on images without boxes, too")
     short_side: int = setting(800, "§5: s = 800", "length the shorter side is resized to, in pixels", at_least=32)
@@ -104,6 +88,17 @@ class DataConfig:
         at_least=0,
         at_most=1,
     )
+    buckets: int = setting(
+        3, OURS, "canvases of training, each one shape for XLA; Detectron pads to a batch's own", at_least=1, at_most=8
+    )
+    decode: str = setting(
+        "exact", OURS, "reduced: in training, JPEGs that shrink by 2 or more are decoded at 1/2, 1/4 or 1/8",
+        choices=("exact", "reduced"),
+    )  # fmt: skip
+    bad_images: str = setting(
+        "stop", OURS, "an unreadable image in training: stop and name it, or skip, count and replace it",
+        choices=("stop", "skip"),
+    )  # fmt: skip
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 
@@ -194,7 +189,11 @@ class TrainConfig:
     iterations: int = setting(90_000, "§4.1", "steps in all", at_least=1)
     batch_size: int = setting(16, "§4.1: 16 images per minibatch", "images per step, over all devices", at_least=1)
     optimizer: str = setting("sgd", "§4.1", "SGD with momentum, or AdamW", choices=("sgd", "adamw"))
-    learning_rate: float = setting(0.01, "§4.1", "rate after warm-up", above=0)
+    learning_rate: float = setting(0.01, "§4.1", "rate after warm-up, for `reference_batch` images a step", above=0)
+    reference_batch: int | None = setting(
+        16, "§4.1; the linear scaling rule is Detectron's",
+        "the rate is scaled by batch_size / this, sgd only; null: learning_rate as it is", at_least=1,
+    )  # fmt: skip
     schedule: str = setting(
         "step", "§4.1", "divide by 10 at `drops`, or follow a cosine to zero", choices=("step", "cosine")
     )
@@ -205,7 +204,13 @@ class TrainConfig:
         1e-4, "§4.1", "L2 in the gradient for sgd, decoupled for adamw; kernels only", at_least=0
     )
     bias_rate: float = setting(2.0, DETECTRON, "factor on the gradient of biases; sgd only", above=0)
-    clip_norm: float | None = setting(None, "off in the paper", "cap on the global norm of the gradient", above=0)
+    clip_norm: float | None = setting(
+        None, "off in the paper", "cap on the global norm of the gradient of all images of a step", above=0
+    )
+    precision: str = setting(
+        "float32", OURS, "of convolutions; losses, targets and weights are float32 always",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+    )  # fmt: skip
     seed: int = setting(0, OURS, "of initialisation, order and augmentation", at_least=0, at_most=2**32 - 1)
     checkpoint_every: int = setting(1000, OURS, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(3, OURS, "newest checkpoints kept", at_least=1)
@@ -213,6 +218,28 @@ class TrainConfig:
     jit_compile: bool | str = setting(
         "auto", OURS, "XLA for forward and backward; auto: on for GPUs", choices=(True, False, "auto")
     )
+
+    @property
+    def scaled_rate(self):
+        """The learning rate after warm-up, by the linear scaling rule where it applies."""
+        if self.optimizer != "sgd" or self.reference_batch is None:
+            return self.learning_rate
+        return self.learning_rate * self.batch_size / self.reference_batch
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """§4.1: synchronised SGD over 8 GPUs. Where the replicas of a run are."""
+
+    kind: str = setting(
+        "auto", "§4.1",
+        "auto: all visible GPUs, or else the default device; workers: several machines, by TF_CONFIG",
+        choices=("auto", "default", "mirrored", "workers"),
+    )  # fmt: skip
+    replicas: int | None = setting(
+        None, OURS, "of mirrored, on this machine; null: all GPUs. Without GPUs they are parts of the CPU, for trying",
+        at_least=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -256,6 +283,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     mining: MiningConfig = field(default_factory=MiningConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -291,10 +319,10 @@ def load_config(path, overrides=()):
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a JSON object of sections, got {_show(tree)}")
+        raise ConfigError(f"{path} must hold a JSON object of sections, got {settings.show(tree)}")
     try:
         for override in overrides:
-            _apply(tree, override)
+            settings.apply(Config, tree, override)
         return config_from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -309,129 +337,15 @@ def config_from_dict(tree):
     tree = dict(tree)
     version = tree.pop("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {_show(version)}")
+        raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {settings.show(version)}")
     if version > VERSION:
         raise ConfigError(
             f"version: this configuration is of version {version}, and this release reads up to {VERSION}. "
             "Upgrade retinanet_keras, or train with the release that wrote it."
         )
-    config = _build(Config, tree, "")
+    config = settings.build(Config, tree)
     _check_together(config)
     return config
-
-
-def describe():
-    """(key, default, documentation, source) of every setting, in order; for `python -m retinanet_keras config`."""
-    rows = []
-
-    def walk(cls, prefix):
-        for item in dataclasses.fields(cls):
-            if item.default is dataclasses.MISSING:
-                walk(item.default_factory, f"{prefix}{item.name}.")
-            else:
-                default = json.dumps(item.default)
-                rows.append((prefix + item.name, default, item.metadata["doc"], item.metadata["source"]))
-
-    walk(Config, "")
-    return rows
-
-
-def _apply(tree, override):
-    """Set one `a.b=value` in a tree of dicts."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set expects section.key=value, such as train.batch_size=4; got {override!r}")
-    *sections, last = key.split(".")
-    kind = _kind_of(sections, last)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    if kind is str and not isinstance(value, str):  # a folder may be called 2017
-        value = text
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {section} is no section in this file but {_show(tree)}")
-    tree[last] = value
-
-
-def _kind_of(sections, last):
-    """The annotated type at a key path, or None where there is no such key (validation will say so)."""
-    cls = Config
-    for section in sections:
-        cls = typing.get_type_hints(cls).get(section)
-        if not dataclasses.is_dataclass(cls):
-            return None
-    return typing.get_type_hints(cls).get(last)
-
-
-def _build(cls, tree, path):
-    """A dataclass from a dict, checking names, types and limits."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path.rstrip('.')}: expected a JSON object of settings, got {_show(tree)}")
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, value in tree.items():
-        if name not in known:
-            raise ConfigError(f"unknown key {path}{name}.{_nearest(path + str(name))}")
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], value, f"{path}{name}.")
-        else:
-            values[name] = _convert(value, hints[name], known[name].metadata, path + name)
-    return cls(**values)
-
-
-def _nearest(key):
-    """A hint naming the valid key that looks most like this one, wherever its section is."""
-    keys = [row[0] for row in describe()]
-    sections = sorted({k.rsplit(".", 1)[0] for k in keys})
-    leaf = key.rsplit(".", 1)[-1]
-    elsewhere = [k for k in keys + sections if k.rsplit(".", 1)[-1] == leaf]  # the right name in another section
-    near = difflib.get_close_matches(key, elsewhere, 1, 0.0) or difflib.get_close_matches(key, keys + sections, 1, 0.5)
-    if not near:
-        by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-        near = [by_leaf[n] for n in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
-    return (
-        f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(s for s in sections if '.' not in s)}."
-    )
-
-
-def _convert(value, hint, limits, key):
-    """A JSON value as the annotated type, or a ConfigError."""
-    if typing.get_origin(hint) is tuple:
-        item, *rest = typing.get_args(hint)
-        count = None if Ellipsis in rest else 1 + len(rest)
-        if not isinstance(value, (list, tuple)) or (count or len(value)) != len(value) or not value:
-            expected = f"a list of {count}" if count else "a list of one or more"
-            raise ConfigError(f"{key}: expected {expected} {_type_name(item)} values, got {_show(value)}")
-        return tuple(_convert(v, item, limits, f"{key}[{i}]") for i, v in enumerate(value))
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(value, option) and not (isinstance(value, bool) and bool not in options):
-            break
-    else:
-        raise ConfigError(f"{key}: expected {' or '.join(map(_type_name, options))}, got {_show(value)}")
-    if value is None:
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}: expected a finite number, got {value}")
-    if "choices" in limits and value not in limits["choices"]:
-        near = difflib.get_close_matches(str(value), map(str, limits["choices"]), 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}: expected one of {', '.join(map(str, limits['choices']))}, got {_show(value)}.{hint}")
-    for name, holds, words in (
-        ("at_least", lambda v, limit: v >= limit, "at least"),
-        ("above", lambda v, limit: v > limit, "a number above"),
-        ("at_most", lambda v, limit: v <= limit, "at most"),
-        ("below", lambda v, limit: v < limit, "a number below"),
-    ):
-        if name in limits and not holds(value, limits[name]):
-            raise ConfigError(f"{key}: expected {words} {limits[name]}, got {value}")
-    return value
 
 
 def _check_together(config):
@@ -460,6 +374,13 @@ def _check_together(config):
         raise ConfigError("mining.ratio: expected mining.batch_size above 0 with it, which turns mining on; got 0")
     if config.detection.pad_multiple % 32:
         raise ConfigError(f"detection.pad_multiple: expected a multiple of 32, got {config.detection.pad_multiple}")
+    strategy = config.strategy
+    if strategy.replicas and strategy.kind != "mirrored":
+        raise ConfigError(f'strategy.replicas: expected strategy.kind "mirrored" with it, got "{strategy.kind}"')
+    if strategy.replicas and train.batch_size % strategy.replicas:
+        raise ConfigError(
+            f"train.batch_size: expected a multiple of strategy.replicas, {strategy.replicas}, got {train.batch_size}"
+        )
     if list(train.drops) != sorted(set(train.drops)):
         raise ConfigError(f"train.drops: expected increasing steps, got {list(train.drops)}")
     model = config.model
@@ -471,13 +392,3 @@ def _check_together(config):
             f"got {model.backbone}, {model.norm}, {model.width}. "
             "For training from random weights set model.weights=null"
         )
-
-
-def _type_name(kind):
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}[kind]
-
-
-def _show(value):
-    """A value as JSON, with the type's name where that does not tell."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

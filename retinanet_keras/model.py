@@ -4,6 +4,7 @@ Compile, fit, evaluate, predict, save and load work as for any Keras model. On T
 forward, loss and gradients in one XLA function per replica, and everything that crosses replicas outside it.
 """
 
+import contextlib
 import dataclasses
 
 import keras
@@ -44,6 +45,7 @@ class RetinaNet(keras.Model):
         p6_source, head_norm: see `FeaturePyramid` and `Subnet`.
         pixel_mean, pixel_std: RGB, of 0..255; pixels become (pixel - mean) / std. None: those of `weights`.
         categories: list of {"label", "id", "name"}, carried along to files and exports; None for none.
+        dtype: a Keras dtype policy, such as "mixed_bfloat16", of all layers; outputs and losses are float32 with any.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class RetinaNet(keras.Model):
         else:
             norm = norm or ("frozen" if weights else "group")
             freeze_at = (2 if weights else 0) if freeze_at is None else freeze_at
-            self.backbone = backbones.resnet(
-                backbone, width=width, norm=norm, stride_in=stride_in, epsilon=norm_epsilon
-            )
+            with _layers_of(self.dtype_policy):
+                self.backbone = backbones.resnet(
+                    backbone, width=width, norm=norm, stride_in=stride_in, epsilon=norm_epsilon
+                )
             own_mean = pretrained.load(self.backbone, weights, self.pixel_std) if weights else None
             pixel_mean = pixel_mean or own_mean
             backbones.freeze(self.backbone, freeze_at)
@@ -82,10 +85,11 @@ class RetinaNet(keras.Model):
             "norm_epsilon": norm_epsilon, "p6_source": p6_source, "head_norm": head_norm,
             "pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std, "categories": categories,
         }  # fmt: skip
-        self.pyramid = FeaturePyramid(fpn_channels, p6_source, name="pyramid")
         head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth, "norm": head_norm}
-        self.class_subnet = Subnet(values=num_classes, prior=prior, name="class_subnet", **head)
-        self.box_subnet = Subnet(values=4, name="box_subnet", **head)
+        with _layers_of(self.dtype_policy):
+            self.pyramid = FeaturePyramid(fpn_channels, p6_source, name="pyramid")
+            self.class_subnet = Subnet(values=num_classes, prior=prior, name="class_subnet", **head)
+            self.box_subnet = Subnet(values=4, name="box_subnet", **head)
         self.classification_tracker = keras.metrics.Mean("classification_loss")
         self.box_tracker = keras.metrics.Mean("box_loss")
         self.positives_tracker = keras.metrics.Mean("positives")
@@ -113,9 +117,9 @@ class RetinaNet(keras.Model):
 
     def compile(
         self, optimizer="sgd", classification_loss=None, box_loss=None, *, box_weight=1.0, normalizer="image",
-        mining=None, jit_compile="auto", **kwargs,
+        mining=None, jit_compile="auto", check_finite=False, **kwargs,
     ):  # fmt: skip
-        """Configure training.
+        """Configure training. Under several replicas the step is that of one device with the same global batch.
 
         Args:
             optimizer: any Keras optimizer, or its name.
@@ -127,6 +131,11 @@ class RetinaNet(keras.Model):
             mining: a MiningConfig, or a dict of one: the classification loss is of each image's hardest anchors only
                 (§5.1); the box loss and the normaliser stay those of all. None: of all anchors.
             jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
+            check_finite: stop a step whose loss or gradient is not finite before it changes anything, with
+                TensorFlow's InvalidArgumentError; there only.
+
+        Raises:
+            ValueError: where batch normalisation would be trained on several replicas, each with statistics of its own.
         """
         if normalizer not in ("image", "minibatch"):
             raise ValueError(f'normalizer: expected "image" or "minibatch", got {normalizer!r}')
@@ -135,10 +144,15 @@ class RetinaNet(keras.Model):
         self.box_weight, self.normalizer, self.jit_step = box_weight, normalizer, jit_compile
         mining = MiningConfig(**mining) if isinstance(mining, dict) else mining
         self.mining = mining if mining and mining.batch_size else None
+        self.check_finite = check_finite
         self._gradients = None
         on_tensorflow = keras.backend.backend() == "tensorflow"
         # Keras would wrap the whole of a distributed step in XLA, which fails; `_gradients` is what is compiled.
         super().compile(optimizer=optimizer, jit_compile=False if on_tensorflow else jit_compile, **kwargs)
+        if on_tensorflow:
+            from retinanet_keras import train_step
+
+            train_step.prepare(self)
 
     def get_compile_config(self):
         if not self.compiled:
@@ -146,7 +160,7 @@ class RetinaNet(keras.Model):
         config = {
             "optimizer": self.optimizer, "classification_loss": self.classification_loss, "box_loss": self.box_loss,
             "box_weight": self.box_weight, "normalizer": self.normalizer, "jit_compile": self.jit_step,
-            "mining": self.mining and dataclasses.asdict(self.mining),
+            "mining": self.mining and dataclasses.asdict(self.mining), "check_finite": self.check_finite,
         }  # fmt: skip
         return keras.saving.serialize_keras_object(config)
 
@@ -169,36 +183,25 @@ class RetinaNet(keras.Model):
         return (classification + self.box_weight * box) / divisor
 
     def train_step(self, *args):
-        """One step. On TensorFlow `data` is (images, truth), and `_gradients` holds all that XLA compiles."""
+        """One step; on TensorFlow that of `train_step.py`, of (images, truth)."""
         if keras.backend.backend() != "tensorflow":
             return super().train_step(*args)
         import tensorflow as tf
 
+        from retinanet_keras import train_step
+
         images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])  # `train_on_batch` gives three
         if self._gradients is None:
-            gpu = bool(tf.config.list_physical_devices("GPU"))
-            jit = gpu if self.jit_step == "auto" else self.jit_step
-            if jit and not gpu:
-                backbones.split_groups(self.backbone)
-            self._gradients = tf.function(self._sums_and_gradients, jit_compile=jit, reduce_retracing=True)
-        sums, gradients = self._gradients(images, truth["boxes"], truth["labels"])
-        classification, box, divisor, positives = sums
-        whole = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, divisor)
-        self.optimizer.apply([gradient / whole for gradient in gradients], self.trainable_variables)
-        self._track(classification, box, divisor, positives, tf.shape(images)[0])
+            self._gradients = train_step.gradient_function(self, self.jit_step)
+        own = self._gradients(images, truth["boxes"], truth["labels"])
+        (classification, box, divisor, positives, batch), norm = train_step.update(self, own, self.check_finite)
+        self._track(classification, box, divisor, positives, batch)
         loss = (classification + self.box_weight * box) / divisor
         self._loss_tracker.update_state(loss, sample_weight=divisor)
-        return self.get_metrics_result()
-
-    def _sums_and_gradients(self, images, boxes, labels):
-        """`loss_terms`, and the gradients of the weighted sum of the losses, not yet divided."""
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            outputs = self(images, training=True)
-            sums = self.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs)
-            loss = self.optimizer.scale_loss(sums[0] + self.box_weight * sums[1])
-        return sums, tape.gradient(loss, self.trainable_variables)
+        logs = {**self.get_metrics_result(), "gradient_norm": norm}
+        if isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            logs = {name: tf.reshape(value, (1,)) for name, value in logs.items()}  # Keras averages them over axis 0
+        return logs
 
     def _track(self, classification, box, divisor, positives, batch):
         self.classification_tracker.update_state(classification / divisor, sample_weight=divisor)
@@ -309,6 +312,17 @@ class RetinaNet(keras.Model):
             values = dict(config[name])
             settings[name] = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
         return cls(**{**config, **settings})
+
+
+@contextlib.contextmanager
+def _layers_of(policy):
+    """Layers made within have this dtype policy, those inside other layers, too."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def _own_sizes(images):

@@ -5,12 +5,16 @@ import math
 import keras
 from keras import ops
 
+RATE_JUMP = 1.1  # Detectron: the factor from which a change of the learning rate is one that the momentum must follow
+
 
 @keras.saving.register_keras_serializable("retinanet_keras")
 class SGD(keras.optimizers.SGD):
     """SGD with momentum whose L2 penalty is part of the gradient, for kernels only, and whose biases learn faster.
 
     Keras's own `weight_decay` bypasses the momentum and decays every variable; Caffe2's, the paper's, does neither.
+    Both fold the learning rate into the momentum buffer, so Detectron rescales the buffer where the rate jumps, as at
+    the schedule's drops; else the steps after a drop would still have the size of those before.
 
     Args:
         l2: weight of the penalty; `l2 * kernel` is added to the gradient before the momentum.
@@ -22,6 +26,17 @@ class SGD(keras.optimizers.SGD):
         self.l2 = l2
         self.bias_rate = bias_rate
 
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self.last_rate = self.add_variable((), name="last_rate", aggregation="only_first_replica")
+
+    def apply(self, grads, trainable_variables=None):
+        rate = self.learning_rate  # of this step, which `apply` counts
+        super().apply(grads, trainable_variables)
+        self.last_rate.assign(rate)
+
     def update_step(self, gradient, variable, learning_rate):
         # On TensorFlow `variable` is one without a path; the optimizer's own list has Keras's variables.
         kind = self._trainable_variables[self._get_variable_index(variable)].path.rsplit("/", 1)[-1]
@@ -29,7 +44,23 @@ class SGD(keras.optimizers.SGD):
             gradient = gradient + ops.cast(self.l2, gradient.dtype) * ops.cast(variable, gradient.dtype)
         elif kind == "bias":
             gradient = gradient * ops.cast(self.bias_rate, gradient.dtype)
-        super().update_step(gradient, variable, learning_rate)
+        if not self.momentum:
+            return super().update_step(gradient, variable, learning_rate)
+        # Keras's own step but for the correction, which costs no pass over the buffer of its own.
+        buffer = self.momentums[self._get_variable_index(variable)]
+        momentum = ops.cast(self.momentum, buffer.dtype) * ops.cast(
+            self._momentum_correction(learning_rate), buffer.dtype
+        )
+        step = ops.cast(gradient, buffer.dtype) * ops.cast(learning_rate, buffer.dtype)
+        self.assign(buffer, buffer * momentum - step)
+        self.assign_add(variable, buffer * ops.cast(self.momentum, buffer.dtype) - step if self.nesterov else buffer)
+
+    def _momentum_correction(self, rate):
+        """New rate over old where it jumps, else 1."""
+        rate, last = ops.cast(rate, "float32"), ops.cast(self.last_rate, "float32")
+        change = rate / ops.where(last > 0, last, 1.0)
+        jumps = (last > 0) & (ops.maximum(change, 1.0 / ops.maximum(change, 1e-12)) > RATE_JUMP)
+        return ops.where(jumps, change, 1.0)
 
     def get_config(self):
         return {**super().get_config(), "l2": self.l2, "bias_rate": self.bias_rate}
@@ -76,9 +107,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def build(train):
-    """The optimizer of a TrainConfig."""
+    """The optimizer of a TrainConfig, its rate by the linear scaling rule where that applies."""
     drops = None if train.schedule == "cosine" else train.drops
-    schedule = Schedule(train.learning_rate, train.iterations, train.warmup, drops)
+    schedule = Schedule(train.scaled_rate, train.iterations, train.warmup, drops)
     if train.optimizer == "adamw":
         return AdamW(schedule, weight_decay=train.weight_decay, global_clipnorm=train.clip_norm)
     return SGD(

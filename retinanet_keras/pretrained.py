@@ -6,7 +6,7 @@ import numpy as np
 
 from retinanet_keras import backbone as backbones
 from retinanet_keras.backbone import MEAN, STD
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import UserError
 
 PIXEL_MEAN = "pixel_mean"  # attribute of weight files
 

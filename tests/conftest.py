@@ -36,7 +36,8 @@ def small_model():
 
 TINY = {
     "data": {
-        "source": "shapes", "short_side": 64, "max_side": 64, "keep_empty": True, "scale_jitter": [0.8, 1.2],
+        "source": "shapes", "train_split": "train", "val_split": "val",
+        "short_side": 64, "max_side": 64, "keep_empty": True, "scale_jitter": [0.8, 1.2],
         "shapes": {"train_images": 10, "val_images": 3, "test_images": 2, "side": 96},
     },
     "model": {"backbone": "resnet18", "weights": None, "width": 8, "norm": "batch", "freeze_at": 0,

@@ -11,7 +11,7 @@ from keras import ops
 from retinanet_keras import RetinaNet, checkpoints, detections
 from retinanet_keras.__main__ import main
 from retinanet_keras.anchors import anchor_boxes, level_sizes
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import UserError
 
 FILES = {  # name -> (kind, what makes the weights, those that its own forward takes, type of the file)
     "Detectron R50": ("detectron", lambda: foreign.detectron("R50", extras=True), None, "pkl"),

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from retinanet_keras import commands
-from retinanet_keras.config import DetectionConfig, UserError
+from retinanet_keras.config import DetectionConfig
 from retinanet_keras.data.coco import DataError
+from retinanet_keras.errors import UserError
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from retinanet_keras.config import VERSION, Config, ConfigError, config_from_dict, describe, load_config
+from retinanet_keras.config import VERSION, Config, config_from_dict, load_config
+from retinanet_keras.settings import ConfigError, describe
 
 ROOT = Path(__file__).parents[1]
 NO_WEIGHTS = {"model": {"weights": None}}
@@ -113,7 +114,10 @@ def test_unknown_keys_name_the_path_and_the_nearest_key(tree, key, nearest):
 
 def test_an_unknown_key_like_no_other_names_the_sections():
     message = error_of({"qqqqqqq": 1})
-    assert "unknown key qqqqqqq." in message and "data, detection, eval, loss, mining, model, targets, train" in message
+    assert (
+        "unknown key qqqqqqq." in message
+        and "data, detection, eval, loss, mining, model, strategy, targets, train" in message
+    )
 
 
 # What belongs together
@@ -339,7 +343,7 @@ def test_wrong_overrides_are_told_as_in_a_file(tmp_path):
 
 
 def test_every_setting_is_documented_with_its_source():
-    rows = describe()
+    rows = describe(Config)
     keys = [row[0] for row in rows]
     flat = []
 

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from retinanet_keras import anchors, boxes
-from retinanet_keras.config import AnchorConfig, ConfigError, config_from_dict
+from retinanet_keras.config import AnchorConfig, config_from_dict
 from retinanet_keras.data import coco, inspection, reach
 from retinanet_keras.data.coco import DataError
+from retinanet_keras.settings import ConfigError
 
 BCCD = Path(__file__).parents[1].parent / "shared/data/bccd"
 

@@ -77,7 +77,49 @@ def test_sgd_penalty_goes_through_the_momentum():
         assert float(model.layers[0].kernel[0, 0]) == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.parametrize(("jump", "corrected"), [(0.1, True), (1.2, True), (1.09, False), (0.95, False)])
+def test_the_momentum_follows_a_jump_of_the_rate(jump, corrected):
+    """Steps of v = m * v * (new rate / old) + rate * gradient, where the rate jumps by more than 1.1 either way."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.layers[0].kernel.assign([[0.0]])
+    optimizer = optimizers.SGD(0.5, momentum=0.9, l2=0.0)
+    weight = velocity = 0.0
+    for rate, factor in ((0.5, 1.0), (0.5 * jump, jump if corrected else 1.0), (0.5 * jump, 1.0)):
+        optimizer.learning_rate = rate
+        apply(optimizer, model, [[np.ones((1, 1), "float32")]])
+        velocity = 0.9 * velocity * factor + rate
+        weight -= velocity
+        assert float(model.layers[0].kernel[0, 0]) == pytest.approx(weight, rel=1e-5)
+
+
+def test_with_the_correction_steps_shrink_with_the_rate_at_once():
+    """Under a constant gradient steps tend to rate / (1 - momentum) * gradient; after a drop they do so at once."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+    model.layers[0].kernel.assign([[0.0]])
+    optimizer = optimizers.SGD(optimizers.Schedule(1.0, 400, warmup=0, drops=(300,)), momentum=0.9, l2=0.0)
+    places = []
+    for _ in range(303):
+        places.append(float(model.layers[0].kernel[0, 0]))
+        apply(optimizer, model, [[np.ones((1, 1), "float32")]])
+    np.testing.assert_allclose(np.diff(places)[-3:], [-10, -1, -1], rtol=1e-3)
+
+
 # Schedules
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 0.01),
+        ({"batch_size": 4}, 0.0025),
+        ({"batch_size": 64, "learning_rate": 0.02, "reference_batch": 32}, 0.04),
+        ({"batch_size": 4, "reference_batch": None}, 0.01),
+        ({"batch_size": 4, "optimizer": "adamw"}, 0.01),
+    ],
+)
+def test_the_rate_scales_linearly_with_the_batch(settings, rate):
+    schedule = optimizers.build(TrainConfig(**settings))._learning_rate
+    assert rates(schedule, 500) == pytest.approx([rate])
 
 
 def rates(schedule, *steps):

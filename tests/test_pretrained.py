@@ -7,7 +7,7 @@ from keras import ops
 
 from retinanet_keras import RetinaNet, pretrained
 from retinanet_keras import backbone as backbones
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import UserError
 from retinanet_keras.released import files
 
 DATA = Path(__file__).parent / "data"

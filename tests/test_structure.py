@@ -13,6 +13,7 @@ PACKAGE = ROOT / "retinanet_keras"
 
 # Modules of one row do not import each other.
 TABLE = (
+    ("errors",),
     ("settings",),
     ("config",),
     ("boxes",),
@@ -23,6 +24,7 @@ TABLE = (
     ("backbone", "pyramid", "subnets"),
     ("pretrained",),
     ("optimizers",),
+    ("train_step",),
     ("model",),
     ("released.pickles",),
     ("released.files",),
@@ -32,6 +34,7 @@ TABLE = (
     ("data.coco",),
     ("data.shapes",),
     ("data.sources",),
+    ("data.buckets", "data.augmentation", "data.reading"),
     ("data.pipeline",),
     ("results.evaluation",),
     ("results.draw",),
@@ -42,8 +45,11 @@ TABLE = (
     ("serving.export",),
     ("serving.detector",),
     ("training.folder",),
+    ("training.strategies",),
     ("training.checkpoints",),
     ("training.callbacks",),
+    ("training.replay",),
+    ("training.stream",),
     ("training.evaluator",),
     ("training.run",),
     ("commands",),

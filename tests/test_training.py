@@ -10,15 +10,16 @@ import tensorflow as tf
 from PIL import Image
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import losses, pretrained
+from retinanet_keras import commands, losses, pretrained
 from retinanet_keras.config import MiningConfig, config_from_dict
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.serving import detector
-from retinanet_keras.training import callbacks, evaluator, run
+from retinanet_keras.training import callbacks, evaluator, replay, run
 from retinanet_keras.training.checkpoints import Checkpoints, load_run
 from retinanet_keras.training.folder import RunError, RunFolder, build_model
+from retinanet_keras.training.stream import Stream, explained
 
 
 def weights_and_slots(folder):
@@ -93,9 +94,19 @@ def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(tiny_config, d
 
 def test_a_run_of_other_settings_is_not_mixed_in(tiny_config, data_dir, finished):
     before = finished[0].config_file.read_text()
-    with pytest.raises(RunError, match=r"train.learning_rate was 0.001, now 0.1"):
-        run.train(tiny_config(data_dir, train={"learning_rate": 0.1}), finished[0].path)
+    with pytest.raises(RunError, match=r"model.prior was 0.01, now 0.1; train.seed was 0, now 1"):
+        run.train(tiny_config(data_dir, train={"seed": 1}, model={"prior": 0.1}), finished[0].path)
     assert finished[0].config_file.read_text() == before
+
+
+def test_what_may_change_between_starts_is_told(tiny_config, data_dir, finished, tmp_path, capsys):
+    folder = RunFolder(tmp_path / "changed")
+    shutil.copytree(finished[0].path, folder.path)
+    changed = tiny_config(data_dir, train={"learning_rate": 0.0001}, eval={"every": 0})
+    folder.start(changed, folder.categories())
+    told = "Changed since the last start: train.learning_rate was 0.001, now 0.0001; eval.every was 3, now 0"
+    assert told in capsys.readouterr().out
+    assert config_from_dict(json.loads(folder.config_file.read_text())) == changed
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data_dir, tmp_path):
@@ -113,14 +124,36 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data
         assert all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")
 
 
-def test_the_guard_names_the_step_and_its_images(finished):
-    _, model = load_run(finished[0].path)
-    model.optimizer.iterations.assign(12)
-    guard = callbacks.Guard(lambda step: {11: [501, 502]}[step], lambda: "ckpt-10")
-    guard.set_model(model)
-    guard.on_train_batch_end(0, {"classification_loss": 1.0, "box_loss": 0.0})
-    with pytest.raises(RunError, match=r"step 12 .*ids 501, 502.* ckpt-10"):
-        guard.on_train_batch_end(0, {"classification_loss": float("nan"), "box_loss": 0.1})
+def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(tiny_config, data_dir, tmp_path, capsys):
+    """One pixel of the second image is infinite."""
+    folder = RunFolder(tmp_path / "run")
+    settings = tiny_config(
+        data_dir, model={"norm": "group"}, train={"iterations": 3}, eval={"every": 0, "keep": "last"}
+    )
+    run.train(settings, folder.path)
+    stream = Stream(sources.open_split(settings.data, "train"), settings)
+    images, truth = stream.batch(3)
+    _, model = load_run(folder.path)
+    checkpoints = Checkpoints(model, folder, 3)
+    checkpoints.restore()
+    before = [variable.numpy() for variable in model.weights]
+    images = images.numpy().astype("float32")
+    images[1, 5, 5, 0] = np.inf
+    stream.batch = lambda step: (images, truth)
+    with pytest.raises(RunError, match="not finite in step 4, .* ids (\\d+), (\\d+); .*replay .*step-3") as stop:
+        with explained(stream, model, settings, folder, checkpoints):
+            model.train_on_batch(images, truth)
+    ids = truth["image_id"].numpy().tolist()
+    assert f"ids {ids[0]}, {ids[1]}" in str(stop.value)
+    for variable, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    assert model.optimizer.iterations == 3
+    good, bad = replay.replay(folder.failed / "step-4.npz")
+    assert [good["image_id"], bad["image_id"]] == ids
+    assert np.isfinite(good["gradient_norm"]) and not good["not_finite"]
+    assert not np.isfinite(bad["gradient_norm"]) and bad["not_finite"]
+    assert commands.replay(folder.failed / "step-4.npz") == 1
+    assert str(ids[1]) in capsys.readouterr().out
 
 
 def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(tiny_config, data_dir, tmp_path):
@@ -150,7 +183,7 @@ def test_a_failing_disk_leaves_the_checkpoint_before(data_dir, finished, tmp_pat
     _, model = load_run(folder.path)
     checkpoints = Checkpoints(model, folder, 3)
     checkpoints.restore()
-    model.optimizer.iterations.assign(7)
+    checkpoints.step = 7
 
     def no_space(*_, **__):
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
@@ -166,9 +199,10 @@ def test_weights_that_are_not_finite_are_not_saved(finished, tmp_path):
     shutil.copytree(finished[0].path, folder.path)
     _, model = load_run(folder.path)
     model.trainable_variables[0].assign(model.trainable_variables[0] * np.nan)
-    model.optimizer.iterations.assign(8)
+    checkpoints = Checkpoints(model, folder, 3)
+    checkpoints.step = 8
     with pytest.raises(RunError, match="At step 8 .*not finite"):
-        Checkpoints(model, folder, 3).save()
+        checkpoints.save()
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_config, data_dir, finished, tmp_path, caplog):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras.config import UserError
 from retinanet_keras.data import rules
+from retinanet_keras.errors import UserError
 
 logger = logging.getLogger("retinanet_keras")
 

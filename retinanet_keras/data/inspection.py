@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from retinanet_keras import anchors, targets
-from retinanet_keras.config import ConfigError
 from retinanet_keras.data import coco, image_files, pipeline, reach, rules, shapes, sources
 from retinanet_keras.data.rules import ERROR, WARNING
 from retinanet_keras.results import draw
+from retinanet_keras.settings import ConfigError
 
 logger = logging.getLogger("retinanet_keras")
 

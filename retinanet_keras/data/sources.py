@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from retinanet_keras.config import ConfigError
 from retinanet_keras.data import coco, shapes
+from retinanet_keras.settings import ConfigError
 
 
 def open_split(config, split, *, keep_empty=True):
@@ -50,6 +50,22 @@ def decode(image_bytes):
     image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
     image.set_shape([None, None, 3])
     return image
+
+
+def decode_reduced(image_bytes, halvings):
+    """As `decode`, but a JPEG at 1 / 2^halvings of its size, each side rounded up.
+
+    Args:
+        halvings: int32 scalar, 0 to 3; ignored where the bytes are no JPEG.
+
+    Returns:
+        uint8 [H, W, 3]; by how much its sides were divided: int32 scalar, 1, 2, 4 or 8.
+    """
+    halvings = tf.where(tf.io.is_jpeg(image_bytes), halvings, 0)
+    ways = [lambda: decode(image_bytes)]
+    ways += [lambda ratio=ratio: tf.io.decode_jpeg(image_bytes, channels=3, ratio=ratio) for ratio in (2, 4, 8)]
+    image = tf.switch_case(halvings, ways)
+    return image, tf.bitwise.left_shift(1, halvings)
 
 
 def read_image(path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras.config import UserError
+from retinanet_keras.errors import UserError
 from retinanet_keras.released import pickles
 
 EXPECTED = "a .pkl of Detectron or Detectron2, a .pth or .pt of PyTorch, or an .npz"

@@ -1,74 +1,101 @@
-"""What happens between steps: the guard against non-finite losses, logs, checkpoints."""
+"""What happens between steps: counting, logs, checkpoints, and stopping where asked."""
 
-import math
+import collections
+import contextlib
+import signal
 import sys
+import threading
 import time
 
 import keras
 import tensorflow as tf
 from tqdm import tqdm
 
+from retinanet_keras.errors import Interrupted
 from retinanet_keras.training.folder import RunError
 
+LEAST_SCALE = 2.0**-10  # of a float16 loss; one that fell so far belongs to gradients that are not finite at any scale
 
-class Guard(keras.callbacks.Callback):
-    """Stops at the first non-finite loss, before anything of it is saved.
 
-    Args:
-        ids_of_step: a function from a step, counted from 0, to its image ids.
-        newest: a function giving the path of the last good checkpoint, or None.
+class Count(keras.callbacks.Callback):
+    """Tells the checkpoints of each step, and starts the metrics anew after each row of the log; listed first.
+
+    All workers do, as resetting metrics takes all of them. A float16 step that the optimizer leaves out counts, too.
     """
 
-    def __init__(self, ids_of_step, newest):
+    def __init__(self, checkpoints, every):
         super().__init__()
-        self.ids_of_step, self.newest = ids_of_step, newest
+        self.checkpoints, self.every = checkpoints, every
 
     def on_train_batch_end(self, batch, logs=None):
-        if all(math.isfinite(logs[name]) for name in ("classification_loss", "box_loss")):
+        self.checkpoints.step += 1
+        if self.checkpoints.step % self.every == 0:
+            self.model.reset_metrics()
+        optimizer = self.model.optimizer
+        if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             return
-        step = int(self.model.optimizer.iterations.numpy())
-        ids = ", ".join(str(i) for i in self.ids_of_step(step - 1))
-        raise RunError(
-            f"The loss is not finite at step {step} (classification {logs['classification_loss']}, box "
-            f"{logs['box_loss']}); its images have the ids {ids}. Nothing of this step was saved; the last good "
-            f"checkpoint is {self.newest() or 'none'}. Look at these images with `python -m retinanet_keras inspect`, "
-            "or lower train.learning_rate or set train.clip_norm"
-        )
+        if float(optimizer.dynamic_scale) < LEAST_SCALE:
+            raise RunError(
+                f"At step {self.checkpoints.step} gradients overflow float16 whatever the scale of the loss. The last "
+                f'checkpoint is {self.checkpoints.newest or "none"}. Use train.precision "mixed_bfloat16", or lower '
+                "train.learning_rate"
+            )
 
 
 class Log(keras.callbacks.Callback):
-    """The progress bar, log.csv and TensorBoard; each row averages the steps since the one before."""
+    """The progress bar, log.csv and TensorBoard; each row averages the steps since the one before.
 
-    def __init__(self, folder, config, step):
+    The share of time in which a step waited for its images is that from asking for them to the moment the input
+    pipeline had them ready, if that came later.
+    """
+
+    def __init__(self, folder, config, checkpoints, replicas=1):
         super().__init__()
         self.folder, self.every, self.batch_size = folder, config.train.log_every, config.train.batch_size
-        self.total = config.train.iterations
+        self.checkpoints, self.replicas, self.total = checkpoints, replicas, config.train.iterations
         self.bar = tqdm(
-            total=self.total, initial=step, desc="Training", unit="step", dynamic_ncols=True,
+            total=self.total, initial=checkpoints.step, desc="Training", unit="step", dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
         )  # fmt: skip
         self.writer = tf.summary.create_file_writer(str(folder.tensorboard))
-        self._restart(step)
+        self.produced = collections.deque()  # when each element of the input pipeline was ready; one a replica and step
+        self._restart()
+
+    def new_pipeline(self):
+        """A function that the input pipeline of the next steps calls whenever an element is ready."""
+        produced = self.produced = collections.deque()
+        return lambda: produced.append(time.perf_counter())
 
     def on_train_begin(self, logs=None):
-        self._restart(self._step())  # an evaluation came in between
+        self.tracing = True  # the first step has other reasons to take long
+        self._restart()  # an evaluation came in between
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.asked = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        step = self._step()
-        seconds = time.perf_counter() - self.since
-        row = {name: logs[name] for name in ("loss", "classification_loss", "box_loss", "positives")}
+        step = self.checkpoints.step
+        now = time.perf_counter()
+        ready = [self.produced.popleft() for _ in range(min(self.replicas, len(self.produced)))]
+        if not self.tracing:
+            self.waited += max(0.0, max(ready, default=0.0) - self.asked)
+        self.tracing = False
+        self.norms += float(logs["gradient_norm"])
+        row = {name: float(logs[name]) for name in ("loss", "classification_loss", "box_loss", "positives")}
         row["learning_rate"] = float(self.model.optimizer.learning_rate)
-        row["images_per_second"] = (step - self.start) * self.batch_size / seconds
+        row["gradient_norm"] = self.norms / (step - self.start)
+        row["images_per_second"] = (step - self.start) * self.batch_size / (now - self.since)
+        row["data_wait"] = self.waited / (now - self.since)
         self.bar.set_postfix_str(
             f"class {row['classification_loss']:.3f}, box {row['box_loss']:.3f}, rate {row['learning_rate']:.2g}, "
-            f"{row['images_per_second']:.1f} images/s",
+            f"positives {row['positives']:.0f}, gradient {row['gradient_norm']:.2g}, "
+            f"{row['images_per_second']:.1f} images/s, waiting {row['data_wait']:.0%}",
             refresh=False,
         )
         self.bar.update(step - self.bar.n)
         if step % self.every == 0 or step == self.total:
             self.write({"step": step, **row})
-            self.model.reset_metrics()
-            self._restart(step)
+            self._restart()
 
     def write(self, row):
         """One row to log.csv and TensorBoard."""
@@ -89,20 +116,55 @@ class Log(keras.callbacks.Callback):
         self.bar.close()
         self.writer.close()
 
-    def _restart(self, step):
-        self.start, self.since = step, time.perf_counter()
-
-    def _step(self):
-        return int(self.model.optimizer.iterations.numpy())
+    def _restart(self):
+        self.start, self.since, self.norms, self.waited = self.checkpoints.step, time.perf_counter(), 0.0, 0.0
 
 
 class Save(keras.callbacks.Callback):
-    """A checkpoint every so many steps; listed after the Guard, which must see a step first."""
+    """A checkpoint every so many steps, and one before leaving where a signal asks to; listed last."""
 
-    def __init__(self, checkpoints, every):
+    def __init__(self, checkpoints, every, signals):
         super().__init__()
-        self.checkpoints, self.every = checkpoints, every
+        self.checkpoints, self.every, self.signals = checkpoints, every, signals
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.checkpoints.step % self.every == 0:
+        asked = self.signals.received
+        if asked or self.checkpoints.step % self.every == 0:
             self.checkpoints.save()
+        if asked:
+            raise Interrupted(
+                asked, f"saved at step {self.checkpoints.step}. Run the same command again: training goes on from there"
+            )
+
+
+class Signals:
+    """SIGINT (Ctrl-C) and SIGTERM (a scheduler's): steps end first, anything else, and the second signal, at once.
+
+    A context, in which `steps` is one for what ends first; `received` is the signal's number then.
+    """
+
+    def __init__(self):
+        self.received, self.in_steps, self.before = None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows no others
+            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def steps(self):
+        self.in_steps = True
+        try:
+            yield
+        finally:
+            self.in_steps = False
+
+    def _handle(self, number, _):
+        if self.received or not self.in_steps:
+            raise Interrupted(number, "what was written before is whole. Run the same command again: it goes on")
+        self.received = number
+        tqdm.write(f"{signal.Signals(number).name}: stopping after this step; again to stop at once", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Checkpoints of a run: weights, optimizer state and step, the newest few kept."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,35 @@ logger = logging.getLogger("retinanet_keras")
 
 
 class Checkpoints:
-    """Saves and restores a compiled model whose optimizer counts the steps."""
+    """Saves and restores the weights, the optimizer's state and the step of a compiled model.
 
-    def __init__(self, model, folder, keep):
-        model.optimizer.build(model.trainable_variables)  # else its state would be skipped in restoring
-        self.model = model
-        self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    `step`: steps trained for; the trainer counts it up. With float16 the optimizer leaves steps out that count here.
+    """
+
+    def __init__(self, model, folder, keep, writes=True):
+        """writes: False for a worker that restores what another one saves."""
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)  # else its state would be skipped in restoring
+        self.model, self.writes = model, writes
+        self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        # No metrics: saving those of several workers takes all of them, and one may be gone.
+        weights = [variable.value for variable in model.weights]
+        self.checkpoint = tf.train.Checkpoint(weights=weights, optimizer=model.optimizer, step=self._step)
         self.manager = tf.train.CheckpointManager(self.checkpoint, folder.checkpoints, keep, checkpoint_name="step")
         self.newest = None  # the path of the last checkpoint that was restored or saved
 
     @property
     def step(self):
-        """Steps the model has been trained for."""
-        return int(self.model.optimizer.iterations.numpy())
+        return int(self._step.numpy())
+
+    @step.setter
+    def step(self, value):
+        self._step.assign(value)
+
+    def clear_remains(self):
+        """Remove what a kill in the middle of a checkpoint has left."""
+        for path in Path(self.manager.directory).glob("step-*_temp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def restore(self):
         """Load the newest checkpoint that can be read, if there is any, and return the step.
@@ -58,7 +75,7 @@ class Checkpoints:
             RunError: where a weight is not finite, or the disk refuses; checkpoints already written are untouched.
         """
         newest = self.newest
-        if newest and newest.endswith(f"-{self.step}"):
+        if not self.writes or (newest and newest.endswith(f"-{self.step}")):
             return
         for variable in self.model.trainable_variables:
             if not np.isfinite(variable.numpy()).all():

@@ -8,17 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from retinanet_keras import losses, optimizers, pretrained
-from retinanet_keras.config import ConfigError, UserError, config_from_dict
+from retinanet_keras.config import config_from_dict
 from retinanet_keras.data.coco import Categories
+from retinanet_keras.errors import UserError
 from retinanet_keras.model import RetinaNet
+from retinanet_keras.settings import ConfigError
 
 # What may change from one start of a run to the next without making it another run.
 FREE_TO_CHANGE = (
-    "data.dir", "eval.", "detection.", "train.iterations", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every", "train.jit_compile",
+    "data.dir", "data.bad_images", "eval.", "detection.", "strategy.", "train.iterations", "train.learning_rate",
+    "train.drops", "train.clip_norm", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "train.jit_compile",
 )  # fmt: skip
 LOG_COLUMNS = (
-    "step", "loss", "classification_loss", "box_loss", "positives", "learning_rate", "images_per_second", "AP", "AP50",
+    "step", "loss", "classification_loss", "box_loss", "positives", "learning_rate", "gradient_norm",
+    "images_per_second", "data_wait", "AP", "AP50",
 )  # fmt: skip
 
 
@@ -40,6 +44,7 @@ class RunFolder:
         self.best_weights = self.checkpoints / "best.weights.h5"
         self.best_file = self.checkpoints / "best.json"
         self.export = self.path / "export"
+        self.failed = self.path / "failed"
 
     def evaluation(self, split):
         """The folder of a split's results."""
@@ -54,7 +59,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if self.config_file.exists() and any(self.checkpoints.iterdir()):
-                changes = self._changes(config)
+                changes, free = self._changes(config)
                 if self.categories_file.exists() and self.categories() != categories:
                     changes.append(f"the categories were {self.categories().names}, now {categories.names}")
                 if changes:
@@ -62,6 +67,8 @@ class RunFolder:
                         f"{self.path} holds a run of other settings, which cannot be mixed with these: "
                         f"{'; '.join(changes)}. Train into another folder with --workdir, or set these back"
                     )
+                if free:
+                    print(f"Changed since the last start: {'; '.join(free)}")
             write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
             write_atomically(self.categories_file, json.dumps(categories.to_list(), indent=1) + "\n")
         except OSError as error:
@@ -70,12 +77,14 @@ class RunFolder:
             ) from None
 
     def _changes(self, config):
+        """What differs from the run's own configuration: what cannot be mixed with it, and what can."""
         old, new = _flat(load_config_of(self).to_dict()), _flat(config.to_dict())
-        return [
-            f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new[key])}"
-            for key in new
-            if old.get(key) != new[key] and not key.startswith(FREE_TO_CHANGE)
-        ]
+        changes, free = [], []
+        for key in new:
+            if old.get(key) != new[key]:
+                said = f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new[key])}"
+                (free if key.startswith(FREE_TO_CHANGE) else changes).append(said)
+        return changes, free
 
     def log_rows(self):
         """The rows of log.csv as dicts of numbers; empty cells are left out."""
@@ -139,13 +148,13 @@ def build_model(config, categories, weights=None):
         len(categories), model.backbone, weights=weights, anchors=config.anchors, targets=config.targets,
         detection=config.detection, fpn_channels=model.fpn_channels, head_depth=model.head_depth, prior=model.prior,
         norm=model.norm, width=model.width, freeze_at=model.freeze_at, pixel_mean=model.pixel_mean,
-        categories=categories.to_list(),
+        categories=categories.to_list(), dtype=config.train.precision,
     )  # fmt: skip
     loss = config.loss
     net.compile(
         optimizers.build(config.train), _classification_loss(loss), losses.SmoothL1Loss(loss.box_beta),
         box_weight=loss.box_weight, normalizer=loss.normalizer, mining=config.mining,
-        jit_compile=config.train.jit_compile,
+        jit_compile=config.train.jit_compile, check_finite=True,
     )  # fmt: skip
     return net
 

@@ -1,5 +1,7 @@
 """The run: data, model, training with checkpoints and evaluations, and at the end results, export and a summary."""
 
+import functools
+import json
 import logging
 import resource
 import sys
@@ -7,14 +9,14 @@ import time
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from retinanet_keras.data import inspection, pipeline, sources
+from retinanet_keras.data import inspection, sources
 from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
-from retinanet_keras.training import callbacks, evaluator
+from retinanet_keras.training import callbacks, evaluator, strategies
 from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights, settle
+from retinanet_keras.training.folder import RunFolder, build_model, load_weights, settle
+from retinanet_keras.training.stream import Stream, explained
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -24,78 +26,104 @@ def train(config, workdir):
 
     Args:
         config: a Config.
-        workdir: the run's folder; made where it does not exist.
+        workdir: the run's folder, which all workers share; made where it does not exist.
 
     Returns:
-        the metrics on the last split evaluated.
+        the metrics on the last split evaluated; None for a worker that is not the first.
+
+    Raises:
+        UserError, Interrupted: saying what is saved, and what to do.
     """
     began = time.perf_counter()
-    config = settle(config)
-    folder = RunFolder(workdir)
-    train_set = sources.open_split(config.data, config.data.train_split, keep_empty=config.data.keep_empty)
-    val_set = sources.open_split(config.data, config.data.val_split)
-    test_split = config.data.test_split or config.data.val_split
-    test_set = val_set if test_split == config.data.val_split else sources.open_split(config.data, test_split)
+    strategy = strategies.make(config.strategy, config.train.batch_size)
+    chief = strategies.is_chief(strategy)
+    with callbacks.Signals() as signals:
+        config = settle(config)
+        folder = RunFolder(workdir)
+        with strategies.chief_first(strategy):
+            train_set, val_set, test_set = _open_splits(config)
+            if chief:
+                folder.start(config, train_set.categories)
+                _say_plan(config, workdir, train_set, strategy)
+
+        keras.utils.set_random_seed(config.train.seed)
+        with strategy.scope():
+            model = build_model(config, train_set.categories, config.model.weights)
+        if config.model.weights is None and config.model.norm == "frozen":
+            logger.warning('model.norm is "frozen" but the weights are random: the backbone will hardly learn')
+        checkpoints = Checkpoints(model, folder, config.train.keep_checkpoints, writes=chief)
+        step = checkpoints.restore()
+        if chief:
+            checkpoints.clear_remains()
+            folder.cut_log(step)
+            if step:
+                print(f"Going on from step {step} of {config.train.iterations}")
+        _fit(model, config, folder, checkpoints, train_set, val_set, signals)
+        metrics = _finish(model, config, folder, test_set, began) if chief else None
+        strategies.wait(strategy)
+        return metrics
+
+
+def _open_splits(config):
+    """The datasets of training, of validation and of the test, all checked."""
+    data = config.data
+    train_set = sources.open_split(data, data.train_split, keep_empty=data.keep_empty)
+    val_set = sources.open_split(data, data.val_split)
+    test_split = data.test_split or data.val_split
+    test_set = val_set if test_split == data.val_split else sources.open_split(data, test_split)
     for other in (val_set, test_set):
         evaluator.check_categories(other, train_set.categories)
         inspection.check_files(other)
     inspection.check_before_training(train_set, config)
-    folder.start(config, train_set.categories)
+    return train_set, val_set, test_set
+
+
+def _say_plan(config, workdir, train_set, strategy):
+    """What is about to be trained, on what, and at which rate."""
+    train, replicas = config.train, strategy.num_replicas_in_sync
     classes = len(train_set.categories)
     print(f"Training {config.model.backbone} on {len(train_set)} images of {classes} classes in {workdir}")
-
-    keras.utils.set_random_seed(config.train.seed)
-    with _strategy().scope():
-        model = build_model(config, train_set.categories, config.model.weights)
-    if config.model.weights is None and config.model.norm == "frozen":
-        logger.warning('model.norm is "frozen" but the weights are random: the backbone will hardly learn')
-    checkpoints = Checkpoints(model, folder, config.train.keep_checkpoints)
-    step = checkpoints.restore()
-    if step:
-        print(f"Going on from step {step} of {config.train.iterations}")
-    folder.cut_log(step)
-    _fit(model, config, folder, checkpoints, train_set, val_set)
-
-    if config.eval.keep == "best" and folder.best():
-        load_weights(model, folder.best_weights)
-        print("The best weights were those of step {step}, AP {AP:.3f}".format(**folder.best()))
-    out = folder.evaluation(test_split)
-    found = evaluator.detect_split(model.detect, test_set, config)
-    metrics = evaluator.evaluate_to(out, found, test_set, config.eval.pictures)
-    curves.training_curves(folder.log_rows(), folder.curves_file)
-    export_dir = export_model(model, config, folder.export, version=1)
-    print(f"\n{evaluation.format_metrics(metrics)}\n")
-    _summarise(folder, out, export_dir, began)
-    return metrics
+    if replicas > 1:
+        print(f"{replicas} replicas with {train.batch_size // replicas} images each")
+    if train.scaled_rate != train.learning_rate:
+        steps = [round(step * train.reference_batch / train.batch_size) for step in (train.iterations, *train.drops)]
+        print(
+            f"Learning rate {train.scaled_rate:.4g} = {train.learning_rate:.4g} x {train.batch_size} / "
+            f"{train.reference_batch} images a step (linear scaling rule; train.reference_batch=null turns it off). "
+            f"As many epochs as with {train.reference_batch} images take train.iterations={steps[0]} "
+            f"train.drops={json.dumps(steps[1:], separators=(',', ':'))}"
+        )
 
 
-def _fit(model, config, folder, checkpoints, train_set, val_set):
+def _fit(model, config, folder, checkpoints, train_set, val_set, signals):
     """Train from the model's step to the last, evaluating in between. Each stretch is one `model.fit`."""
-    batch_size, every = config.train.batch_size, config.eval.every
-    order = pipeline.TrainingOrder(train_set.sizes, batch_size, config.train.seed)
-    ids_of_step = lambda step: train_set.image_ids[order.batch(step)]  # noqa: E731
-    log = callbacks.Log(folder, config, checkpoints.step)
-    guard = callbacks.Guard(ids_of_step, lambda: checkpoints.newest)
-    save = callbacks.Save(checkpoints, config.train.checkpoint_every)
+    strategy, every = model.distribute_strategy, config.eval.every
+    chief = strategies.is_chief(strategy)
+    stream = Stream(train_set, config)
+    count = callbacks.Count(checkpoints, config.train.log_every)
+    save = callbacks.Save(checkpoints, config.train.checkpoint_every, signals)
+    replicas = strategy.num_replicas_in_sync // strategies.workers(strategy)
+    log = callbacks.Log(folder, config, checkpoints, replicas) if chief else None
     try:
         step = checkpoints.step
         due = every and step and (step % every == 0 or step == config.train.iterations)
-        if due and not any(row["step"] == step and "AP" in row for row in folder.log_rows()):
+        if due and log and not any(row["step"] == step and "AP" in row for row in folder.log_rows()):
             _validate(model, config, folder, log, val_set, step)  # the run was stopped before or in it
         while (step := checkpoints.step) < config.train.iterations:
             stop = min(config.train.iterations, (step // every + 1) * every if every else config.train.iterations)
-            batches = pipeline.training_batches(
-                train_set, config.data, batch_size=batch_size, seed=config.train.seed, start=step
-            )
-            try:
-                model.fit(batches, steps_per_epoch=stop - step, callbacks=[guard, log, save], verbose=0, shuffle=False)
-            except tf.errors.OpError as error:
-                raise _explain(error, train_set, order, checkpoints) from None
-            checkpoints.save()
-            if every:
+            batches = functools.partial(stream.batches, step, log.new_pipeline() if log else None)
+            with signals.steps(), explained(stream, model, config, folder, checkpoints):
+                model.fit(
+                    strategies.feed(strategy, batches), steps_per_epoch=stop - step, shuffle=False, verbose=0,
+                    callbacks=[count, *([log] if log else []), save],
+                )  # fmt: skip
+                checkpoints.save()
+            if every and log:
                 _validate(model, config, folder, log, val_set, stop)
     finally:
-        log.close()
+        if log:
+            log.close()
+        stream.report()
 
 
 def _validate(model, config, folder, log, val_set, step):
@@ -111,24 +139,19 @@ def _validate(model, config, folder, log, val_set, step):
         log.picture("detections", draw.grid(pictures, columns=2), step)
 
 
-def _explain(error, dataset, order, checkpoints):
-    """The input error of a step as one that names the files: those of the steps that were being prepared."""
-    step = checkpoints.step
-    upcoming = np.concatenate([order.batch(s) for s in range(step, step + 8)])
-    problems = sources.unusable_images(dataset, upcoming)
-    if not problems:
-        return error
-    return RunError(
-        f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is "
-        f"{checkpoints.newest or 'none'}. Mend or remove the file (`python -m retinanet_keras "
-        "inspect` lists all such files), then run the same command again: training goes on from there"
-    )
-
-
-def _strategy():
-    """All GPUs where there are several, else the default device."""
-    several = len(tf.config.list_physical_devices("GPU")) > 1
-    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+def _finish(model, config, folder, test_set, began):
+    """Results, pictures, the export and a summary."""
+    if config.eval.keep == "best" and folder.best():
+        load_weights(model, folder.best_weights)
+        print("The best weights were those of step {step}, AP {AP:.3f}".format(**folder.best()))
+    out = folder.evaluation(config.data.test_split or config.data.val_split)
+    found = evaluator.detect_split(model.detect, test_set, config)
+    metrics = evaluator.evaluate_to(out, found, test_set, config.eval.pictures)
+    curves.training_curves(folder.log_rows(), folder.curves_file)
+    export_dir = export_model(model, config, folder.export, version=1)
+    print(f"\n{evaluation.format_metrics(metrics)}\n")
+    _summarise(folder, out, export_dir, began)
+    return metrics
 
 
 def _summarise(folder, out, export_dir, began):

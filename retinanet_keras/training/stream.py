@@ -1,0 +1,110 @@
+"""The images of a run, step by step, and what goes wrong with them."""
+
+import contextlib
+import logging
+
+import numpy as np
+import tensorflow as tf
+
+from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data.buckets import TrainingOrder
+from retinanet_keras.train_step import NOT_FINITE
+from retinanet_keras.training import replay
+from retinanet_keras.training.folder import RunError
+
+logger = logging.getLogger("retinanet_keras")
+AHEAD = 8  # steps whose images may be in preparation while one runs
+
+
+class Stream:
+    """The training images of a run, a pure function of the step; and the files it had to leave out."""
+
+    def __init__(self, dataset, config):
+        self.dataset, self.config = dataset, config
+        _, bucket = pipeline.training_canvases(dataset.sizes, config.data)
+        self.order = TrainingOrder(bucket, config.train.batch_size, config.train.seed)
+        self.skipped = {}  # file -> why
+
+    def batches(self, start, produced, share, parts):
+        """`pipeline.training_batches` from a step on."""
+        train = self.config.train
+        return pipeline.training_batches(
+            self.dataset, self.config.data, batch_size=train.batch_size, seed=train.seed, start=start, share=share,
+            parts=parts, produced=produced, skipped=self._skip,
+        )  # fmt: skip
+
+    def batch(self, step):
+        """(images, truth) of the whole of a step, counted from 0."""
+        return next(iter(self.batches(step, None, (0, 1), 1)))
+
+    def report(self):
+        """Tell how many files were left out."""
+        if self.skipped:
+            logger.warning(
+                "%d unreadable images were left out of training (data.bad_images): %s%s",
+                len(self.skipped), ", ".join(list(self.skipped)[:5]), ", ..." if len(self.skipped) > 5 else "",
+            )  # fmt: skip
+
+    def _skip(self, index, message):
+        file = self.dataset.files[index]
+        if file not in self.skipped:
+            logger.warning("left out of training: %s: %s", file, message)
+        self.skipped[file] = message
+
+
+@contextlib.contextmanager
+def explained(stream, model, config, folder, checkpoints):
+    """TensorFlow's errors in a step as a RunError that names step, images and what is saved."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        step, newest = checkpoints.step, checkpoints.newest or "none"
+        if NOT_FINITE in str(error):
+            raise _not_finite(stream, model, config, folder, step, newest) from None
+        if model.distribute_strategy.cluster_resolver and _is_loss_of_a_worker(error):
+            checkpoints.save()  # the step that failed has changed nothing
+            raise RunError(
+                f"Another worker was lost at step {step} ({_cause(error)}). The last checkpoint is "
+                f"{checkpoints.newest or 'none'}. Start all workers again with the same command: training goes on "
+                "from there"
+            ) from None
+        upcoming = np.concatenate([stream.order.batch(s) for s in range(step, step + AHEAD)])
+        problems = sources.unusable_images(stream.dataset, upcoming)
+        if not problems:
+            raise
+        raise RunError(
+            f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is {newest}. Mend or remove the file "
+            "(`python -m retinanet_keras inspect` lists all such files), or leave such files out with "
+            "data.bad_images=skip; then run the same command again: training goes on from there"
+        ) from None
+
+
+def _not_finite(stream, model, config, folder, step, newest):
+    """The error of a step that did not take place, with its file written."""
+    batch = stream.batch(step)
+    ids = ", ".join(str(i) for i in batch[1]["image_id"].numpy())
+    path = folder.failed / f"step-{step + 1}.npz"
+    try:
+        replay.save(path, model, config, stream.dataset.categories, step + 1, batch)
+        written = f"`python -m retinanet_keras replay {path}` computes it again, image by image"
+    except OSError as error:
+        written = f"{path}, to compute it again, could not be written ({error.strerror or error})"
+    return RunError(
+        f"The loss or its gradient is not finite in step {step + 1}, whose images have the ids {ids}; {written}. The "
+        f"step has changed nothing; the last checkpoint is {newest}. Look at these images with `python -m "
+        "retinanet_keras inspect`, or lower train.learning_rate or set train.clip_norm and run the command again"
+    )
+
+
+def _cause(error):
+    """Keras puts the place before the cause."""
+    lines = [
+        line for line in error.message.split("\n") if line.strip() and not line.startswith(("Graph exec", "Detected"))
+    ]
+    return lines[0].split("}} ")[-1].split(" [[")[0].strip() if lines else type(error).__name__
+
+
+def _is_loss_of_a_worker(error):
+    return isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)) or (
+        "ollective" in str(error)
+    )

@@ -1,0 +1,85 @@
+"""Train a RetinaNet on some replicas for some steps, as a process of its own: strategies of two sizes do not share one.
+
+    python tests/replicas.py '{"replicas": 2, ...}' weights.npz
+
+prints what it counted as JSON, and writes all variables before and after.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+SETTINGS = {
+    "replicas": 1, "norm": "frozen", "normalizer": "image", "jit": True, "steps": 10, "width": 16, "fpn_channels": 32,
+    "head_depth": 1, "dump": None,
+}  # fmt: skip
+
+
+def batches(steps, batch_size=16):
+    """Landscape and portrait by turns; 0 to 5 boxes an image, in each batch an image without any."""
+    rng = np.random.default_rng(0)
+    for step in range(steps):
+        height, width = ((96, 64), (64, 96))[step % 2]
+        boxes, labels = np.zeros((batch_size, 5, 4), "float32"), np.full((batch_size, 5), -1)
+        for i in range(batch_size):
+            n = (i + step) % 6
+            corner = rng.uniform(0, 40, (n, 2))
+            boxes[i, :n] = np.concatenate([corner, corner + rng.uniform(8, 50, (n, 2))], axis=1)
+            labels[i, :n] = rng.integers(0, 3, n)
+        yield rng.integers(0, 256, (batch_size, height, width, 3), "uint8"), {"boxes": boxes, "labels": labels}
+
+
+def main(settings, out):
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    if settings["dump"]:
+        os.environ["XLA_FLAGS"] = f"--xla_dump_to={settings['dump']} --xla_dump_hlo_as_text"
+    import keras
+    import tensorflow as tf
+
+    from retinanet_keras import RetinaNet, optimizers, train_step
+    from retinanet_keras.config import StrategyConfig, TrainConfig
+    from retinanet_keras.training import strategies
+
+    traces = []
+    original = train_step.gradient_function
+
+    def counting(model, jit):
+        graph = original(model, jit)
+        python = graph.python_function
+
+        def traced(*args):
+            traces.append([tuple(arg.shape) for arg in args])
+            return python(*args)
+
+        return tf.function(traced, jit_compile=jit, reduce_retracing=True)
+
+    train_step.gradient_function = counting
+    strategy = strategies.make(StrategyConfig(kind="mirrored", replicas=settings["replicas"]), 16)
+    # The rate drops and the gradient is clipped on the way.
+    train = TrainConfig(learning_rate=0.02, warmup=2, drops=(7,), clip_norm=1.0, iterations=settings["steps"])
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = RetinaNet(
+            3, "resnet18", width=settings["width"], fpn_channels=settings["fpn_channels"],
+            head_depth=settings["head_depth"], norm=settings["norm"],
+        )  # fmt: skip
+        model.compile(
+            optimizers.build(train), normalizer=settings["normalizer"], jit_compile=settings["jit"], check_finite=True
+        )
+    before = {f"before{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
+    spec = (
+        tf.TensorSpec((16, None, None, 3), tf.uint8),
+        {"boxes": tf.TensorSpec((16, 5, 4)), "labels": tf.TensorSpec((16, 5), tf.int64)},
+    )
+    data = tf.data.Dataset.from_generator(lambda: batches(settings["steps"]), output_signature=spec)
+    history = model.fit(data, steps_per_epoch=settings["steps"], verbose=0).history
+    after = {f"after{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
+    np.savez(out, **before, **after)
+    print(json.dumps({"traces": len(traces), "logs": {name: values[-1] for name, values in history.items()}}))
+
+
+if __name__ == "__main__":
+    main({**SETTINGS, **json.loads(sys.argv[1])}, Path(sys.argv[2]))

@@ -1,0 +1,106 @@
+"""The same global batch gives the same weights on any number of replicas; XLA compiles no more than it must."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retinanet_keras.config import StrategyConfig, config_from_dict
+from retinanet_keras.settings import ConfigError
+from retinanet_keras.training import strategies
+from retinanet_keras.training.folder import RunError
+
+HERE = Path(__file__).parent
+
+
+def trained(folder, **settings):
+    """What `replicas.py` printed, and the variables before and after."""
+    out = folder / f"{settings.get('replicas', 1)}.npz"
+    command = [sys.executable, str(HERE / "replicas.py"), json.dumps(settings), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    assert not done.returncode, done.stderr[-3000:]
+    with np.load(out) as file:
+        before, after = ([file[f"{when}{i}"] for i in range(len(file.files) // 2)] for when in ("before", "after"))
+    return json.loads(done.stdout.strip().splitlines()[-1]), before, after
+
+
+def largest(first, second):
+    return max(np.abs(a - b).max() for a, b in zip(first, second, strict=True))
+
+
+def check_equal(folder, replicas, **settings):
+    one, before, expected = trained(folder, **settings)
+    many, _, found = trained(folder, replicas=replicas, **settings)
+    assert largest(before, expected) > 1e-2  # they moved
+    assert largest(expected, found) < 1e-5
+    for name, value in one["logs"].items():
+        assert many["logs"][name] == pytest.approx(value, rel=1e-4), name
+    return one, many
+
+
+@pytest.mark.parametrize(("norm", "normalizer"), [("frozen", "minibatch"), ("group", "image")])
+def test_two_replicas_train_as_one(tmp_path, norm, normalizer):
+    check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False)
+
+
+def test_each_replica_traces_once_and_xla_compiles_each_shape_once_for_it(tmp_path):
+    """Two shapes, by turns, six steps."""
+    dump = tmp_path / "xla"
+    counts, _, _ = trained(tmp_path, replicas=2, dump=str(dump), width=8, fpn_channels=8, steps=6)
+    assert counts["traces"] == 2
+    compiled = [path for path in dump.glob("*before_optimizations.txt") if "traced" in path.name]
+    assert len(compiled) == 2 * 2, sorted(path.name for path in dump.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalizer", ["image", "minibatch"])
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_eight_replicas_under_xla_train_as_one(tmp_path, norm, normalizer):
+    check_equal(tmp_path, 8, norm=norm, normalizer=normalizer, width=64, fpn_channels=64, head_depth=2)
+
+
+@pytest.mark.slow
+def test_four_replicas_train_as_one(tmp_path):
+    check_equal(tmp_path, 4, norm="group", normalizer="minibatch", jit=False)
+
+
+def test_batch_normalisation_is_not_trained_on_several_replicas(tmp_path):
+    command = [sys.executable, str(HERE / "replicas.py"), '{"replicas": 2, "norm": "batch"}', str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode and 'Use norm="group" for training from random weights' in done.stderr
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="train.batch_size: expected a multiple of strategy.replicas, 3, got 16"):
+        config_from_dict({"strategy": {"kind": "mirrored", "replicas": 3}})
+    with pytest.raises(ConfigError, match='strategy.replicas: expected strategy.kind "mirrored" with it, got "auto"'):
+        config_from_dict({"strategy": {"replicas": 2}})
+
+
+@pytest.mark.parametrize(
+    "tf_config",
+    [
+        None,
+        "{",
+        "[]",
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "ps"}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+    ],
+)
+def test_workers_need_a_tf_config(monkeypatch, tf_config):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if tf_config:
+        monkeypatch.setenv("TF_CONFIG", tf_config)
+    with pytest.raises(RunError, match='TF_CONFIG in the form of .*"worker": .*; got'):
+        strategies.make(StrategyConfig(kind="workers"), 16)
+
+
+def test_more_replicas_than_a_started_tensorflow_has_devices_are_refused():
+    import tensorflow as tf
+
+    tf.config.list_logical_devices()  # starts it
+    with pytest.raises(RunError, match="7 are asked for, and TensorFlow has been started with 1"):
+        strategies.make(StrategyConfig(kind="mirrored", replicas=7), 14)
