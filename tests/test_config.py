@@ -374,3 +374,44 @@ def test_values_that_would_fail_later_are_refused(override, answer, tmp_path):
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(ConfigError, match=answer):
         load_config(tmp_path / "c.json", [override])
+
+
+# The configurations
+
+
+def configuration(name):
+    return load_config(ROOT / f"configs/{name}.json")
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.parametrize(("scale", "cap"), [(400, 667), (500, 833), (600, 1000), (700, 1166), (800, 1333)])
+def test_the_rows_of_table_1e_differ_from_the_defaults_in_depth_and_scale_only(depth, scale, cap):
+    """The cap keeps the ratio of 1333 to 800."""
+    assert abs(cap - scale * 1333 / 800) <= 0.5
+    data = dataclasses.replace(Config().data, short_side=scale, max_side=cap)
+    model = dataclasses.replace(Config().model, backbone=f"resnet{depth}")
+    assert configuration(f"r{depth}_{scale}") == dataclasses.replace(Config(), data=data, model=model)
+
+
+@pytest.mark.parametrize("name", ["r101_800_1p5x", "x101_32x8d_800_1p5x"])
+def test_the_rows_of_table_2_train_half_as_long_again_with_jitter(name):
+    config = configuration(name)
+    assert (config.train.iterations, config.train.drops) == (135_000, (90_000, 120_000))
+    assert config.data.scale_jitter == (0.8, 1.0) and config.data.short_side == 800
+    assert config.model.backbone == ("resnet101" if name.startswith("r101") else "resnext101_32x8d")
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "loss", "mining"),
+    [
+        ("r50_600_ce", "resnet50", ("cross_entropy", 0.5), (0, None)),
+        ("r50_600_ce_balanced", "resnet50", ("cross_entropy", 0.75), (0, None)),
+        ("r101_600_ohem", "resnet101", ("cross_entropy", None), (128, None)),
+        ("r101_600_ohem_1to3", "resnet101", ("cross_entropy", None), (128, 3)),
+    ],
+)
+def test_the_baselines_of_the_ablations(name, backbone, loss, mining):
+    config = configuration(name)
+    assert (config.data.short_side, config.data.max_side, config.model.backbone) == (600, 1000, backbone)
+    assert (config.loss.kind, config.loss.alpha) == loss
+    assert (config.mining.batch_size, config.mining.ratio, config.mining.nms_iou) == (*mining, 0.5)

@@ -18,6 +18,7 @@ from retinanet_keras.data import coco, inspection, reach
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.settings import ConfigError
 
+SPLITS = {"train_split": "train", "val_split": "val"}
 BCCD = Path(__file__).parents[1].parent / "shared/data/bccd"
 
 
@@ -49,7 +50,8 @@ class Dataset:
         self.train["annotations"].append({**own, **annotation})
 
     def config(self, **sections):
-        data = {"dir": str(self.folder), "short_side": 48, "max_side": 64, **sections.pop("data", {})}
+        data = {"source": "coco", "dir": str(self.folder), "short_side": 48, "max_side": 64, **SPLITS}
+        data |= sections.pop("data", {})
         return config_from_dict({"data": data, **sections})
 
     def write(self):
@@ -305,7 +307,7 @@ def test_other_sources(tmp_path):
         inspection.inspect(config_from_dict({"data": {"source": "tfds"}}), tmp_path)
     few = {"train_images": 2, "val_images": 1, "test_images": 1, "side": 64}
     data = {"source": "shapes", "dir": str(tmp_path / "shapes"), "shapes": few, "short_side": 320, "max_side": 320}
-    report = inspection.inspect(config_from_dict({"data": data}), tmp_path / "out")
+    report = inspection.inspect(config_from_dict({"data": data | SPLITS}), tmp_path / "out")
     assert report["errors"] == [] and report["splits"]["train"]["images"] == 2
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from retinanet_keras import commands, losses, pretrained
 from retinanet_keras.config import MiningConfig, config_from_dict
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
+from retinanet_keras.errors import Interrupted
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.serving import detector
 from retinanet_keras.training import callbacks, evaluator, replay, run
@@ -42,7 +45,9 @@ def test_a_run_leaves_what_it_promises(finished):
     rows = folder.log_rows()
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6]
     assert [row["step"] for row in rows if "AP" in row] == [3, 6]
-    assert all(row["loss"] > 0 and row["images_per_second"] > 0 for row in rows if "loss" in row)
+    for row in (row for row in rows if "loss" in row):
+        assert row["loss"] > 0 and row["images_per_second"] > 0 and row["gradient_norm"] > 0 and row["positives"] > 0
+        assert 0 <= row["data_wait"] <= 1
     assert {p.name for p in folder.checkpoints.glob("step-*.index")} == {"step-3.index", "step-4.index", "step-6.index"}
 
 
@@ -169,6 +174,76 @@ def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(
     victim.write_bytes(whole)
     run.train(settings, folder.path)
     assert folder.log_rows()[-1]["step"] == 6
+
+
+def test_unreadable_images_are_left_out_and_counted_where_asked(tiny_config, data_dir, tmp_path, caplog):
+    broken = tmp_path / "broken"
+    shutil.copytree(data_dir, broken)
+    victims = sorted((broken / "images").glob("train_*"))[2:4]
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:200])
+    settings = tiny_config(
+        str(broken), data={"bad_images": "skip"}, train={"iterations": 10}, eval={"every": 0, "keep": "last"}
+    )
+    run.train(settings, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").log_rows()[-1]["step"] == 10
+    assert "2 unreadable images were left out of training" in caplog.text
+    assert all(victim.name in caplog.text for victim in victims)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(
+    tiny_config, data_dir, finished, tmp_path, monkeypatch, capsys, number
+):
+    folder = RunFolder(tmp_path / "stopped")
+    count = callbacks.Count.on_train_batch_end
+
+    def send_at_five(self, batch, logs=None):
+        count(self, batch, logs)
+        if self.checkpoints.step == 5:  # no step that would be saved otherwise
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(callbacks.Count, "on_train_batch_end", send_at_five)
+    with pytest.raises(Interrupted, match="saved at step 5.* goes on from there") as stop:
+        run.train(tiny_config(data_dir), folder.path)
+    monkeypatch.undo()
+    assert stop.value.status == 128 + number and signal.getsignal(number) is before
+    assert (folder.checkpoints / "step-5.index").exists()
+    run.train(tiny_config(data_dir), folder.path)
+    assert "Going on from step 5 of 6" in capsys.readouterr().out
+    for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_signal_outside_of_steps_and_a_second_one_end_at_once():
+    with callbacks.Signals() as signals:
+        with pytest.raises(Interrupted, match="what was written before is whole"):
+            signal.raise_signal(signal.SIGTERM)
+        with signals.steps():
+            signal.raise_signal(signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            with pytest.raises(Interrupted):
+                signal.raise_signal(signal.SIGINT)
+
+
+def test_a_float16_run_counts_the_steps_its_optimizer_leaves_out(tiny_config, data_dir, tmp_path):
+    """The first gradients overflow at a scale of 2^15 times as much, made here; the images go on regardless."""
+    folder = RunFolder(tmp_path / "run")
+    settings = tiny_config(
+        data_dir, model={"norm": "group"}, train={"precision": "mixed_float16", "iterations": 4, "checkpoint_every": 2},
+        eval={"every": 0, "keep": "last"},
+    )  # fmt: skip
+    categories = sources.open_split(settings.data, "train").categories
+    folder.start(settings, categories)
+    model = build_model(settings, categories)
+    checkpoints = Checkpoints(model, folder, 3)
+    model.optimizer.dynamic_scale.assign(2.0**60)
+    checkpoints.save()
+    run.train(settings, folder.path)
+    again = Checkpoints(load_run(folder.path)[1], folder, 3)
+    assert again.restore() == 4 and again.model.optimizer.iterations < 4
+    assert float(again.model.optimizer.dynamic_scale) < 2.0**60
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_training(tiny_config, data_dir, tmp_path):

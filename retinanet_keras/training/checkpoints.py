@@ -21,8 +21,9 @@ class Checkpoints:
 
     def __init__(self, model, folder, keep, writes=True):
         """writes: False for a worker that restores what another one saves."""
-        with model.distribute_strategy.scope():
-            model.optimizer.build(model.trainable_variables)  # else its state would be skipped in restoring
+        if not model.optimizer.built:  # its state would be skipped in restoring
+            with model.distribute_strategy.scope():
+                model.optimizer.build(model.trainable_variables)
         self.model, self.writes = model, writes
         self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
         # No metrics: saving those of several workers takes all of them, and one may be gone.

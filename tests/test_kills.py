@@ -1,0 +1,153 @@
+"""Runs that are killed, at random moments, alone or one of two workers, and end as if they had not been."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "data.short_side=96 data.max_side=96 data.shapes.train_images=40 data.shapes.val_images=4 "
+    "data.shapes.test_images=4 data.shapes.side=128 model.norm=group model.width=8 model.fpn_channels=16 "
+    "model.head_depth=1 train.log_every=5 eval.pictures=1"
+).split()
+
+
+def start(workdir, data, *settings, worker=None, addresses=()):
+    """`train.py` on configs/shapes.json, its output in a file beside its folder."""
+    command = [sys.executable, "train.py", "--config", "configs/shapes.json", "--workdir", str(workdir)]
+    environment = dict(os.environ)
+    if worker is not None:
+        environment["TF_CONFIG"] = json.dumps(
+            {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": worker}}
+        )
+    output = workdir.with_name(f"{workdir.name}-{worker or 0}.txt")
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            [*command, "--set", f"data.dir={data}", *settings], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
+    return process, output
+
+
+def finish(*args, **kwargs):
+    process, output = start(*args, **kwargs)
+    assert process.wait() == 0, output.read_text()[-3000:]
+
+
+def wait_for(words, output, process, seconds=300):
+    """Return when a process has printed something."""
+    end = time.monotonic() + seconds
+    while words not in output.read_text():
+        assert process.poll() is None and time.monotonic() < end, output.read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def state(workdir):
+    """All of the newest checkpoint: weights, slots and step."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(workdir / "checkpoints"))
+    names = [name for name in sorted(reader.get_variable_to_shape_map()) if name.endswith("VARIABLE_VALUE")]
+    return {name: np.asarray(reader.get_tensor(name)) for name in names}
+
+
+def check_same(first, second, atol=0.0):
+    ours, theirs = state(first), state(second)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=atol, err_msg=name)
+
+
+def kill_again_and_again(workdir, data, kills, longest, *settings):
+    """Kill -9 at random moments after a start, each the sooner or later, then let it finish; the steps gone on from."""
+    rng, steps = random.Random(0), []
+    for _ in range(kills):
+        process, output = start(workdir, data, *settings)
+        wait_for("Training resnet18", output, process)
+        time.sleep(rng.uniform(0, longest))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+        steps += [int(step) for step in re.findall(r"Going on from step (\d+)", output.read_text())]
+    finish(workdir, data, *settings)
+    return steps
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path):
+    """Of configs/shapes.json as it is, but for more checkpoints and evaluations to be killed in, and fewer steps."""
+    settings = ["train.iterations=500", "train.checkpoint_every=5", "eval.every=25", "data.shapes.val_images=16"]
+    finish(tmp_path / "undisturbed", tmp_path / "data", *settings)
+    steps = kill_again_and_again(tmp_path / "killed", tmp_path / "data", 20, 12, *settings)
+    print("went on from steps", steps)
+    assert steps == sorted(steps) and len(set(steps)) > 5  # it did make progress in between
+    check_same(tmp_path / "killed", tmp_path / "undisturbed")
+    metrics = [json.loads((tmp_path / run / "eval/test/metrics.json").read_text()) for run in ("killed", "undisturbed")]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
+def test_two_replicas_under_xla_are_killed_without_trace_and_go_on_as_one(tmp_path):
+    settings = [*SMALL, "train.iterations=60", "train.checkpoint_every=5", "eval.every=0", "train.jit_compile=true"]
+    two = ["strategy.kind=mirrored", "strategy.replicas=2"]
+    finish(tmp_path / "undisturbed", tmp_path / "data", *settings, *two)
+    process, output = start(tmp_path / "killed", tmp_path / "data", *settings, *two)
+    while not list((tmp_path / "killed/checkpoints").glob("step-5.index")):
+        assert process.poll() is None, output.read_text()[-3000:]
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    finish(tmp_path / "killed", tmp_path / "data", *settings, *two)
+    check_same(tmp_path / "killed", tmp_path / "undisturbed")
+    longer = [*settings, "train.iterations=65"]
+    finish(tmp_path / "killed", tmp_path / "data", *longer)  # on one replica
+    assert state(tmp_path / "killed")["step/.ATTRIBUTES/VARIABLE_VALUE"] == 65
+
+
+def free_addresses(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return addresses
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_process_and_survive_the_loss_of_one(tmp_path):
+    """With SGD: AdamW, which divides by the size of gradients, makes as much of rounding errors as of gradients."""
+    settings = [*SMALL, "train.iterations=60", "train.checkpoint_every=10", "eval.every=30"]
+    settings += ["train.optimizer=sgd", "train.learning_rate=0.05", "train.reference_batch=null"]
+    finish(tmp_path / "one", tmp_path / "data", *settings)
+    workdir = tmp_path / "two"
+
+    def start_both():
+        addresses = free_addresses(2)
+        return [
+            start(workdir, tmp_path / "data", *settings, "strategy.kind=workers", worker=i, addresses=addresses)
+            for i in range(2)
+        ]
+
+    (chief, told), (other, _) = start_both()
+    while not list((workdir / "checkpoints").glob("step-10.index")):
+        assert chief.poll() is None and other.poll() is None, told.read_text()[-3000:]
+        time.sleep(0.02)
+    other.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert chief.wait(timeout=120) == 2, told.read_text()[-3000:]
+    print(
+        f"the other worker stopped after {time.monotonic() - killed:.1f} s:", told.read_text().strip().splitlines()[-1]
+    )
+    assert "Another worker was lost at step" in told.read_text()
+    both = start_both()
+    for process, output in both:
+        assert process.wait() == 0, output.read_text()[-3000:]
+    assert "Going on from step" in both[0][1].read_text()
+    check_same(workdir, tmp_path / "one", atol=1e-5)
