@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 from keras import ops
 
 from retinanet_keras import losses, mining, targets
@@ -69,14 +70,58 @@ def _anchor_losses(loss, class_targets, logits):
     Returns:
         float32 [B, A].
     """
-    own = ops.take_along_axis(logits, ops.maximum(class_targets, 0)[..., None], axis=-1)  # [B, A, 1]
     if isinstance(loss, losses.ElementLoss):  # these broadcast their targets
         zero, one = ops.zeros((1, 1, 1)), ops.ones((1, 1, 1))
-        negative, change = loss.call(zero, logits), loss.call(one, own) - loss.call(zero, own)
     else:
-        negative = _elementwise(loss, ops.zeros_like(logits), logits)
-        change = _elementwise(loss, ops.ones_like(own), own) - _elementwise(loss, ops.zeros_like(own), own)
-    return ops.sum(negative, axis=-1) + ops.where(class_targets >= 0, change[..., 0], 0.0)
+        zero = one = None
+
+    def as_negatives(logits):
+        return _elementwise(loss, ops.zeros_like(logits), logits) if zero is None else loss.call(zero, logits)
+
+    def change_of(own):
+        if one is None:
+            return _elementwise(loss, ops.ones_like(own), own) - _elementwise(loss, ops.zeros_like(own), own)
+        return loss.call(one, own) - loss.call(zero, own)
+
+    positive, label = class_targets >= 0, ops.maximum(class_targets, 0)  # [B, A]
+
+    def total(logits):
+        own = ops.take_along_axis(logits, label[..., None], axis=-1)  # [B, A, 1]
+        return ops.sum(as_negatives(logits), axis=-1) + ops.where(positive, change_of(own)[..., 0], 0.0)
+
+    if keras.backend.backend() == "tensorflow":
+        return _with_sparse_gradient(total, as_negatives, change_of, positive, label)(logits)
+    return total(logits)
+
+
+def _with_sparse_gradient(total, as_negatives, change_of, positive, label):
+    """`total` with its gradient for TensorFlow, which would spread that of the picked logits over all of them.
+
+    Here it is added where they are; the derivatives are those of the parts, from the logits alone.
+    """
+    import tensorflow as tf
+
+    def slope(function, x, upstream):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return tape.gradient(value, x, upstream)
+
+    @tf.custom_gradient
+    def loss(logits):
+        def gradient(upstream):  # [B, A]
+            dense = slope(as_negatives, logits, tf.broadcast_to(upstream[..., None], tf.shape(logits)))
+            own = tf.gather(logits, label, batch_dims=2)[..., None]  # [B, A, 1]
+            change = slope(change_of, own, tf.where(positive, upstream, 0.0)[..., None])[..., 0]
+            batch, anchors = tf.unstack(tf.shape(label))
+            rows = tf.broadcast_to(tf.range(batch)[:, None], (batch, anchors))
+            columns = tf.broadcast_to(tf.range(anchors), (batch, anchors))
+            places = tf.stack([rows, columns, tf.cast(label, tf.int32)], axis=-1)  # [B, A, 3]
+            return tf.tensor_scatter_nd_add(dense, places, tf.cast(change, dense.dtype))
+
+        return total(logits), gradient
+
+    return loss
 
 
 def _elementwise(loss, targets, predictions):

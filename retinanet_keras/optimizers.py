@@ -48,12 +48,26 @@ class SGD(keras.optimizers.SGD):
             return super().update_step(gradient, variable, learning_rate)
         # Keras's own step but for the correction, which costs no pass over the buffer of its own.
         buffer = self.momentums[self._get_variable_index(variable)]
+        if keras.backend.backend() == "tensorflow":
+            return self._fused_step(gradient, variable, buffer, learning_rate)
         momentum = ops.cast(self.momentum, buffer.dtype) * ops.cast(
             self._momentum_correction(learning_rate), buffer.dtype
         )
         step = ops.cast(gradient, buffer.dtype) * ops.cast(learning_rate, buffer.dtype)
         self.assign(buffer, buffer * momentum - step)
         self.assign_add(variable, buffer * ops.cast(self.momentum, buffer.dtype) - step if self.nesterov else buffer)
+
+    def _fused_step(self, gradient, variable, buffer, learning_rate):
+        """The same as one operation, where the plain ones pass over weights and buffer five times."""
+        import tensorflow as tf
+
+        def of(value):
+            return tf.cast(value, variable.dtype)
+
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle, accum=buffer.value.handle, lr=of(learning_rate), grad=of(gradient),
+            momentum=of(self.momentum) * of(self._momentum_correction(learning_rate)), use_nesterov=self.nesterov,
+        )  # fmt: skip
 
     def _momentum_correction(self, rate):
         """New rate over old where it jumps, else 1."""

@@ -37,7 +37,7 @@ def prepare(model):
 
 
 def gradient_function(model, jit):
-    """A function of (images, boxes, labels) of one replica to sums and gradients, neither divided yet.
+    """A function of (images, boxes, labels) of one replica to the sums of its losses and their gradients.
 
     Args:
         model: a compiled RetinaNet.
@@ -45,18 +45,23 @@ def gradient_function(model, jit):
 
     Returns:
         a tf.function giving ((classification, box, divisor, positives, images), gradients): float32 scalars as of
-        `objective.loss_terms`, and a gradient of the weighted sum of the losses for each trainable variable.
+        `objective.loss_terms`, and a gradient of the weighted sum of the losses for each trainable variable, divided
+        by the divisor where this replica is the only one.
     """
     gpu = bool(tf.config.list_physical_devices("GPU"))
     jit = gpu if jit == "auto" else jit
     if jit and not gpu:
         backbones.split_groups(model.backbone)
 
+    alone = model.distribute_strategy.num_replicas_in_sync == 1
+
     def sums_and_gradients(images, boxes, labels):
         with tf.GradientTape() as tape:
             outputs = model(images, training=True)
             sums = model.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs)
             loss = model.optimizer.scale_loss(sums[0] + model.box_weight * sums[1])
+            if alone:  # no pass over all gradients for it afterwards
+                loss = loss / sums[2]
         return (*sums, tf.cast(tf.shape(images)[0], tf.float32)), tape.gradient(loss, model.trainable_variables)
 
     return tf.function(sums_and_gradients, jit_compile=jit, reduce_retracing=True)
@@ -78,7 +83,8 @@ def update(model, own, check_finite=False):
     """
     sums, gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
     classification, box, divisor = sums[:3]
-    gradients = [gradient / divisor for gradient in gradients]
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        gradients = [gradient / divisor for gradient in gradients]
     scale = model.optimizer.scale_loss(1.0)
     norm = tf.linalg.global_norm(gradients) / scale
     ready = list(gradients)

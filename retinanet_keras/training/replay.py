@@ -59,7 +59,7 @@ def replay(path):
         yield {
             "image_id": image_id, "boxes": int((one[2] >= 0).sum()), "positives": int(positives),
             "classification": float(classification / divisor), "box": float(box / divisor),
-            "gradient_norm": float(np.linalg.norm(norms)) / float(divisor) / about["loss_scale"],
+            "gradient_norm": float(np.linalg.norm(norms)) / about["loss_scale"],
             "not_finite": [
                 v.path for v, norm in zip(model.trainable_variables, norms, strict=True) if not np.isfinite(norm)
             ],
