@@ -1,5 +1,6 @@
 """The commands that are more than one call."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def replay(path):
     print(f"{'image':>12}  boxes  positives  class loss    box loss  gradient norm")
     failed = False
     for row in replays.replay(path):
-        failed |= bool(row["not_finite"])
+        failed |= bool(row["not_finite"]) or not math.isfinite(row["classification"] + row["box"])
         print(
             f"{row['image_id']:>12}  {row['boxes']:>5}  {row['positives']:>9}  {row['classification']:>10.4g}  "
             f"{row['box']:>10.4g}  {row['gradient_norm']:>13.4g}"

@@ -186,19 +186,32 @@ class RetinaNet(keras.Model):
         """One step; on TensorFlow that of `train_step.py`, of (images, truth)."""
         if keras.backend.backend() != "tensorflow":
             return super().train_step(*args)
-        import tensorflow as tf
-
         from retinanet_keras import train_step
 
         images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])  # `train_on_batch` gives three
         if self._gradients is None:
             self._gradients = train_step.gradient_function(self, self.jit_step)
+        before = train_step.moving_statistics(self) if self.check_finite else None
         own = self._gradients(images, truth["boxes"], truth["labels"])
-        (classification, box, divisor, positives, batch), norm = train_step.update(self, own, self.check_finite)
+        sums, norm = train_step.update(self, own, before)
+        return self._logs(*sums, gradient_norm=norm)
+
+    def test_step(self, *args):
+        """`evaluate` on TensorFlow: Keras's would multiply the loss by the number of replicas."""
+        if keras.backend.backend() != "tensorflow":
+            return super().test_step(*args)
+        images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])
+        sums = self.loss_terms(images, truth, self(images, training=False))
+        return self._logs(*sums, ops.shape(images)[0])
+
+    def _logs(self, classification, box, divisor, positives, batch, **others):
+        """Sums of some images, counted in, and what to log of all so far."""
+        import tensorflow as tf
+
         self._track(classification, box, divisor, positives, batch)
         loss = (classification + self.box_weight * box) / divisor
         self._loss_tracker.update_state(loss, sample_weight=divisor)
-        logs = {**self.get_metrics_result(), "gradient_norm": norm}
+        logs = {**self.get_metrics_result(), **others}
         if isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
             logs = {name: tf.reshape(value, (1,)) for name, value in logs.items()}  # Keras averages them over axis 0
         return logs

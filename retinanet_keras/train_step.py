@@ -46,54 +46,72 @@ def gradient_function(model, jit):
     Returns:
         a tf.function giving ((classification, box, divisor, positives, images), gradients): float32 scalars as of
         `objective.loss_terms`, and a gradient of the weighted sum of the losses for each trainable variable, divided
-        by the divisor where this replica is the only one.
+        by the divisor on one replica, by the images of all replicas on several.
     """
     gpu = bool(tf.config.list_physical_devices("GPU"))
     jit = gpu if jit == "auto" else jit
     if jit and not gpu:
         backbones.split_groups(model.backbone)
 
-    alone = model.distribute_strategy.num_replicas_in_sync == 1
+    replicas = model.distribute_strategy.num_replicas_in_sync
 
     def sums_and_gradients(images, boxes, labels):
         with tf.GradientTape() as tape:
             outputs = model(images, training=True)
             sums = model.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs)
             loss = model.optimizer.scale_loss(sums[0] + model.box_weight * sums[1])
-            if alone:  # no pass over all gradients for it afterwards
-                loss = loss / sums[2]
+            # Divided here, it takes no pass over the gradients later, and float16 stays within its range.
+            images_in_all = tf.cast(tf.shape(images)[0] * replicas, tf.float32)
+            loss = loss / (sums[2] if replicas == 1 else images_in_all)
         return (*sums, tf.cast(tf.shape(images)[0], tf.float32)), tape.gradient(loss, model.trainable_variables)
 
     return tf.function(sums_and_gradients, jit_compile=jit, reduce_retracing=True)
 
 
-def update(model, own, check_finite=False):
+def moving_statistics(model):
+    """[(variable, its value now), ...] of all batch normalisation that is trained: it moves within the forward pass."""
+    layers = [x for x in model._flatten_layers() if isinstance(x, keras.layers.BatchNormalization) and x.trainable]
+    variables = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
+    return [(variable, tf.identity(variable.value)) for variable in variables]
+
+
+def update(model, own, statistics=None):
     """Apply what the replicas' gradient functions gave.
 
     Args:
         model: a compiled RetinaNet.
         own: (sums, gradients) of this replica.
-        check_finite: stop, before anything has changed, where the loss or its gradient is not finite.
+        statistics: `moving_statistics` from before the gradient function: a step whose loss or gradient is not finite
+            is stopped, and leaves all as it was. None: it is not stopped.
 
     Returns:
         (sums, norm): sums over the global batch, and the norm of its gradient before clipping; equal on all replicas.
 
     Raises:
-        tf.errors.InvalidArgumentError: with the message NOT_FINITE, as `check_finite` says.
+        tf.errors.InvalidArgumentError: with the message NOT_FINITE, as `statistics` says.
     """
     sums, gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
-    classification, box, divisor = sums[:3]
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        gradients = [gradient / divisor for gradient in gradients]
+    classification, box, divisor, _, images = sums
+    if model.distribute_strategy.num_replicas_in_sync > 1 and model.normalizer == "minibatch":
+        gradients = [gradient * (images / divisor) for gradient in gradients]
     scale = model.optimizer.scale_loss(1.0)
     norm = tf.linalg.global_norm(gradients) / scale
     ready = list(gradients)
-    if check_finite:
+    if statistics is not None:
         # A scaled gradient may overflow: its optimizer leaves the step out and lowers the scale.
         scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         finite = tf.math.is_finite(classification + box) & (scaled | tf.math.is_finite(norm))
-        ready.append(tf.debugging.Assert(finite, [NOT_FINITE, classification, box, norm]))
+        if statistics:  # only one replica has any
+            ready.append(tf.cond(finite, lambda: tf.constant(True), lambda: _restore(statistics)))
+        with tf.control_dependencies(ready):
+            ready.append(tf.debugging.Assert(finite, [NOT_FINITE, classification, box, norm]))
     with tf.control_dependencies(ready):  # a step that fails so far, here or on another worker, does not even count
         gradients = [tf.identity(gradient) for gradient in gradients]
         model.optimizer.apply(gradients, model.trainable_variables)
     return sums, norm
+
+
+def _restore(statistics):
+    for variable, value in statistics:
+        variable.assign(value)
+    return tf.constant(True)

@@ -20,7 +20,7 @@ SETTINGS = {
 
 def batches(steps, batch_size=16):
     """Landscape and portrait by turns; 0 to 5 boxes an image, in each batch an image without any."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     for step in range(steps):
         height, width = ((96, 64), (64, 96))[step % 2]
         boxes, labels = np.zeros((batch_size, 5, 4), "float32"), np.full((batch_size, 5), -1)
@@ -39,24 +39,18 @@ def main(settings, out):
     import keras
     import tensorflow as tf
 
-    from retinanet_keras import RetinaNet, optimizers, train_step
+    from retinanet_keras import RetinaNet, optimizers
     from retinanet_keras.config import StrategyConfig, TrainConfig
     from retinanet_keras.training import strategies
 
     traces = []
-    original = train_step.gradient_function
+    original = RetinaNet.loss_terms
 
-    def counting(model, jit):
-        graph = original(model, jit)
-        python = graph.python_function
+    def counting(*args):  # Python runs it when it traces
+        traces.append(args)
+        return original(*args)
 
-        def traced(*args):
-            traces.append([tuple(arg.shape) for arg in args])
-            return python(*args)
-
-        return tf.function(traced, jit_compile=jit, reduce_retracing=True)
-
-    train_step.gradient_function = counting
+    RetinaNet.loss_terms = counting
     strategy = strategies.make(StrategyConfig(kind="mirrored", replicas=settings["replicas"]), 16)
     # The rate drops and the gradient is clipped on the way.
     train = TrainConfig(learning_rate=0.02, warmup=2, drops=(7,), clip_norm=1.0, iterations=settings["steps"])

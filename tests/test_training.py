@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_config, data_dir, finished, t
         run.train(tiny_config(data_dir), folder.path)
     monkeypatch.undo()
     with open(folder.log_file, "a") as file:
-        file.write("5,9,9,9,9,9,9,,\n")  # a row of the step that was lost
+        file.write("5,9,9,9,9,9,9,9,9,,\n6,0.5,1.2e-")  # a row of the step that was lost, and one cut off
     run.train(tiny_config(data_dir), folder.path)
     assert "Going on from step 4 of 6" in capsys.readouterr().out
     for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
@@ -129,12 +129,13 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data
         assert all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(tiny_config, data_dir, tmp_path, capsys):
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
+    tiny_config, data_dir, tmp_path, capsys, norm
+):
     """One pixel of the second image is infinite."""
     folder = RunFolder(tmp_path / "run")
-    settings = tiny_config(
-        data_dir, model={"norm": "group"}, train={"iterations": 3}, eval={"every": 0, "keep": "last"}
-    )
+    settings = tiny_config(data_dir, model={"norm": norm}, train={"iterations": 3}, eval={"every": 0, "keep": "last"})
     run.train(settings, folder.path)
     stream = Stream(sources.open_split(settings.data, "train"), settings)
     images, truth = stream.batch(3)
@@ -146,19 +147,24 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(ti
     images[1, 5, 5, 0] = np.inf
     stream.batch = lambda step: (images, truth)
     with pytest.raises(RunError, match="not finite in step 4, .* ids (\\d+), (\\d+); .*replay .*step-3") as stop:
-        with explained(stream, model, settings, folder, checkpoints):
+        with callbacks.Signals() as signals, explained(stream, model, settings, folder, checkpoints, signals):
             model.train_on_batch(images, truth)
     ids = truth["image_id"].numpy().tolist()
     assert f"ids {ids[0]}, {ids[1]}" in str(stop.value)
     for variable, value in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(variable, value)
     assert model.optimizer.iterations == 3
-    good, bad = replay.replay(folder.failed / "step-4.npz")
-    assert [good["image_id"], bad["image_id"]] == ids
+    whole, good, bad = replay.replay(folder.failed / "step-4.npz")
+    assert [whole["image_id"], good["image_id"], bad["image_id"]] == ["all", *ids]
+    assert not np.isfinite(whole["gradient_norm"])
     assert np.isfinite(good["gradient_norm"]) and not good["not_finite"]
     assert not np.isfinite(bad["gradient_norm"]) and bad["not_finite"]
     assert commands.replay(folder.failed / "step-4.npz") == 1
     assert str(ids[1]) in capsys.readouterr().out
+    for content in (b"", (folder.failed / "step-4.npz").read_bytes()[:5000]):
+        (tmp_path / "cut.npz").write_bytes(content)
+        with pytest.raises(RunError, match="cut.npz cannot be read .* train.py wrote"):
+            next(replay.replay(tmp_path / "cut.npz"))
 
 
 def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(tiny_config, data_dir, tmp_path):

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import math
+import os
 import signal
 import sys
 import threading
@@ -34,7 +36,7 @@ class Count(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             return
-        if float(optimizer.dynamic_scale) < LEAST_SCALE:
+        if optimizer.dynamic_scale.numpy() < LEAST_SCALE:
             raise RunError(
                 f"At step {self.checkpoints.step} gradients overflow float16 whatever the scale of the loss. The last "
                 f'checkpoint is {self.checkpoints.newest or "none"}. Use train.precision "mixed_bfloat16", or lower '
@@ -43,7 +45,8 @@ class Count(keras.callbacks.Callback):
 
 
 class Log(keras.callbacks.Callback):
-    """The progress bar, log.csv and TensorBoard; each row averages the steps since the one before.
+    """The progress bar, log.csv and TensorBoard; each row averages the steps since the one before, or since an
+    evaluation or a start in between.
 
     The share of time in which a step waited for its images is that from asking for them to the moment the input
     pipeline had them ready, if that came later.
@@ -80,7 +83,8 @@ class Log(keras.callbacks.Callback):
         if not self.tracing:
             self.waited += max(0.0, max(ready, default=0.0) - self.asked)
         self.tracing = False
-        self.norms += float(logs["gradient_norm"])
+        norm = float(logs["gradient_norm"])
+        self.norms += norm if math.isfinite(norm) else 0.0  # of a float16 step that is left out it is not
         row = {name: float(logs[name]) for name in ("loss", "classification_loss", "box_loss", "positives")}
         row["learning_rate"] = float(self.model.optimizer.learning_rate)
         row["gradient_norm"] = self.norms / (step - self.start)
@@ -128,12 +132,16 @@ class Save(keras.callbacks.Callback):
         self.checkpoints, self.every, self.signals = checkpoints, every, signals
 
     def on_train_batch_end(self, batch, logs=None):
-        asked = self.signals.received
-        if asked or self.checkpoints.step % self.every == 0:
+        if self.signals.received or self.checkpoints.step % self.every == 0:
             self.checkpoints.save()
-        if asked:
+        self.leave_if_asked()
+
+    def leave_if_asked(self):
+        """To be called where the newest step is saved."""
+        if self.signals.received:
             raise Interrupted(
-                asked, f"saved at step {self.checkpoints.step}. Run the same command again: training goes on from there"
+                self.signals.received,
+                f"saved at step {self.checkpoints.step}. Run the same command again: training goes on from there",
             )
 
 
@@ -167,4 +175,5 @@ class Signals:
         if self.received or not self.in_steps:
             raise Interrupted(number, "what was written before is whole. Run the same command again: it goes on")
         self.received = number
-        tqdm.write(f"{signal.Signals(number).name}: stopping after this step; again to stop at once", file=sys.stderr)
+        message = f"\n{signal.Signals(number).name}: stopping after this step; again to stop at once\n"
+        os.write(2, message.encode())  # a handler may interrupt any write by Python's streams

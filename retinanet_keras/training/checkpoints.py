@@ -52,8 +52,9 @@ class Checkpoints:
             RunError: where there are checkpoints, but none can be read.
         """
         problems = []
-        there = [path for path in self.manager.checkpoints if Path(f"{path}.index").exists()]
-        for path in reversed(there):
+        # Not the manager's own list: it lacks one whose writing was killed at the very end, and may be gone.
+        there = [str(path.with_suffix("")) for path in Path(self.manager.directory).glob("step-*.index")]
+        for path in sorted(there, key=lambda path: int(path.rsplit("-", 1)[1]), reverse=True):
             try:
                 self.checkpoint.restore(path).assert_consumed()
             except (tf.errors.OpError, AssertionError, ValueError) as error:

@@ -90,8 +90,8 @@ class RunFolder:
         """The rows of log.csv as dicts of numbers; empty cells are left out."""
         if not self.log_file.exists():
             return []
-        with open(self.log_file, newline="") as file:
-            return [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+        *whole, _ = self.log_file.read_text().split("\n")  # what has no line end was cut off by a kill or a full disk
+        return [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(whole)]
 
     def cut_log(self, step):
         """Drop the rows after `step`: a resumed run writes them again."""

@@ -1,6 +1,8 @@
 """A step that failed, in a file: what is needed to compute it again, and what each of its images gives."""
 
 import json
+import os
+import zipfile
 
 import keras
 import numpy as np
@@ -23,18 +25,20 @@ def save(path, model, config, categories, step, batch):
     weights = {f"weight{i}": np.asarray(variable) for i, variable in enumerate(model.weights)}
     truth = {name: np.asarray(truth[name]) for name in ("boxes", "labels", "image_id")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, about=json.dumps(about), images=np.asarray(images), **truth, **weights)
+    partial = path.with_name(f"{path.stem}.partial.npz")
+    np.savez(partial, about=json.dumps(about), images=np.asarray(images), **truth, **weights)
+    os.replace(partial, path)
 
 
 def replay(path):
-    """Compute the step again, one image at a time.
+    """Compute the step again, whole and then one image at a time.
 
     Args:
         path: a file of `save`.
 
     Yields:
-        a dict of each image: image_id, boxes (their number), positives, classification, box (the losses, each divided
-        by the image's own divisor), gradient_norm, and not_finite, the variables whose gradient is not.
+        a dict of all images (image_id "all"), then of each: image_id, boxes (their number), positives, classification,
+        box (the losses, by their own divisor), gradient_norm, and not_finite, the variables whose gradient is not.
 
     Raises:
         RunError: where the file cannot be read.
@@ -42,18 +46,21 @@ def replay(path):
     try:
         with np.load(path) as file:
             about, arrays = json.loads(str(file["about"])), {name: file[name] for name in file.files if name != "about"}
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{path} is no file of a failed step ({error})") from None
-    config, categories = config_from_dict(about["config"]), Categories.from_list(about["categories"])
-    model = build_model(config, categories)
-    for i, variable in enumerate(model.weights):
-        variable.assign(arrays[f"weight{i}"])
+        config, categories = config_from_dict(about["config"]), Categories.from_list(about["categories"])
+        model = build_model(config, categories)
+        for i, variable in enumerate(model.weights):
+            variable.assign(arrays[f"weight{i}"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); expected a file that train.py wrote to the run's folder `failed`"
+        ) from None
     model.optimizer.build(model.trainable_variables)
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         model.optimizer.dynamic_scale.assign(about["loss_scale"])
     gradients_of = train_step.gradient_function(model, config.train.jit_compile)
-    for i, image_id in enumerate(arrays["image_id"].tolist()):
-        one = [arrays[name][i : i + 1] for name in ("images", "boxes", "labels")]
+    ids = arrays["image_id"].tolist()
+    for image_id, part in [("all", slice(None)), *((ids[i], slice(i, i + 1)) for i in range(len(ids)))]:
+        one = [arrays[name][part] for name in ("images", "boxes", "labels")]
         (classification, box, divisor, positives, _), gradients = gradients_of(*one)
         norms = [float(np.linalg.norm(gradient)) for gradient in gradients]
         yield {

@@ -36,6 +36,7 @@ def train(config, workdir):
     """
     began = time.perf_counter()
     strategy = strategies.make(config.strategy, config.train.batch_size)
+    strategies.check_norm(strategy, config.model.norm)
     chief = strategies.is_chief(strategy)
     with callbacks.Signals() as signals:
         config = settle(config)
@@ -53,6 +54,7 @@ def train(config, workdir):
             logger.warning('model.norm is "frozen" but the weights are random: the backbone will hardly learn')
         checkpoints = Checkpoints(model, folder, config.train.keep_checkpoints, writes=chief)
         step = checkpoints.restore()
+        strategies.check_same(strategy, step)
         if chief:
             checkpoints.clear_remains()
             folder.cut_log(step)
@@ -86,12 +88,14 @@ def _say_plan(config, workdir, train_set, strategy):
     if replicas > 1:
         print(f"{replicas} replicas with {train.batch_size // replicas} images each")
     if train.scaled_rate != train.learning_rate:
-        steps = [round(step * train.reference_batch / train.batch_size) for step in (train.iterations, *train.drops)]
+        factor = train.reference_batch / train.batch_size
+        drops = [round(step * factor) for step in train.drops]
+        also = f" train.drops={json.dumps(drops, separators=(',', ':'))}" if train.schedule == "step" else ""
         print(
             f"Learning rate {train.scaled_rate:.4g} = {train.learning_rate:.4g} x {train.batch_size} / "
             f"{train.reference_batch} images a step (linear scaling rule; train.reference_batch=null turns it off). "
-            f"As many epochs as with {train.reference_batch} images take train.iterations={steps[0]} "
-            f"train.drops={json.dumps(steps[1:], separators=(',', ':'))}"
+            f"As many epochs as with {train.reference_batch} images take "
+            f"train.iterations={round(train.iterations * factor)}{also}"
         )
 
 
@@ -112,12 +116,13 @@ def _fit(model, config, folder, checkpoints, train_set, val_set, signals):
         while (step := checkpoints.step) < config.train.iterations:
             stop = min(config.train.iterations, (step // every + 1) * every if every else config.train.iterations)
             batches = functools.partial(stream.batches, step, log.new_pipeline() if log else None)
-            with signals.steps(), explained(stream, model, config, folder, checkpoints):
+            with signals.steps(), explained(stream, model, config, folder, checkpoints, signals):
                 model.fit(
                     strategies.feed(strategy, batches), steps_per_epoch=stop - step, shuffle=False, verbose=0,
                     callbacks=[count, *([log] if log else []), save],
                 )  # fmt: skip
                 checkpoints.save()
+                save.leave_if_asked()
             if every and log:
                 _validate(model, config, folder, log, val_set, stop)
     finally:
@@ -129,11 +134,11 @@ def _fit(model, config, folder, checkpoints, train_set, val_set, signals):
 def _validate(model, config, folder, log, val_set, step):
     """AP on the validation split, logged; the best weights kept."""
     metrics, results = evaluator.evaluate(evaluator.detect_split(model.detect, val_set, config, "Validating"), val_set)
-    log.write({"step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})
     if metrics["AP"] is not None:
         log.bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {config.data.val_split}")
         if config.eval.keep == "best":
             folder.keep_best(model, step, metrics["AP"])
+    log.write({"step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})  # last: it says that all was done
     pictures = [picture for _, picture in evaluator.comparisons(val_set, results, min(4, config.eval.pictures))]
     if pictures:
         log.picture("detections", draw.grid(pictures, columns=2), step)

@@ -85,7 +85,11 @@ def workers(strategy):
 
 
 def wait(strategy):
-    """Return when all workers have come here."""
+    """Return when all workers have come here.
+
+    Raises:
+        RunError: where one of them has ended.
+    """
     if workers(strategy) == 1:
         return
 
@@ -93,7 +97,36 @@ def wait(strategy):
     def meet():
         return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.ones(())))
 
-    meet()
+    try:
+        meet()
+    except tf.errors.OpError:
+        raise RunError("Another worker has ended; its own output says why. Start all of them again") from None
+
+
+def check_same(strategy, step):
+    """A RunError where the workers are not at the same step."""
+
+    @tf.function
+    def sum_of_all():
+        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.constant(float(step))))
+
+    if workers(strategy) > 1:
+        total = strategy.experimental_local_results(sum_of_all())[0]
+        if float(total) != float(step) * strategy.num_replicas_in_sync:
+            raise RunError(
+                f"This worker goes on from step {step}, others do not. All must see the same folder of the run: share "
+                "it, or copy its checkpoints to all machines"
+            )
+
+
+def check_norm(strategy, norm):
+    """A RunError where several replicas would train batch normalisation."""
+    if norm == "batch" and strategy.num_replicas_in_sync > 1:
+        raise RunError(
+            f'model.norm: expected "group" or "frozen" on {strategy.num_replicas_in_sync} replicas, as each would have '
+            'batch statistics of its own; got "batch". Set model.norm=group, or train on one device with '
+            "strategy.kind=default"
+        )
 
 
 @contextlib.contextmanager

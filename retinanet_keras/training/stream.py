@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from retinanet_keras.data import pipeline, sources
 from retinanet_keras.data.buckets import TrainingOrder
+from retinanet_keras.errors import Interrupted
 from retinanet_keras.train_step import NOT_FINITE
-from retinanet_keras.training import replay
+from retinanet_keras.training import replay, strategies
 from retinanet_keras.training.folder import RunError
 
 logger = logging.getLogger("retinanet_keras")
@@ -53,7 +54,7 @@ class Stream:
 
 
 @contextlib.contextmanager
-def explained(stream, model, config, folder, checkpoints):
+def explained(stream, model, config, folder, checkpoints, signals):
     """TensorFlow's errors in a step as a RunError that names step, images and what is saved."""
     try:
         yield
@@ -62,20 +63,21 @@ def explained(stream, model, config, folder, checkpoints):
         if NOT_FINITE in str(error):
             raise _not_finite(stream, model, config, folder, step, newest) from None
         if model.distribute_strategy.cluster_resolver and _is_loss_of_a_worker(error):
-            checkpoints.save()  # the step that failed has changed nothing
+            if signals.received:  # the others have had it, too
+                raise Interrupted(signals.received, "the other workers ended first. Start all of them again") from None
             raise RunError(
-                f"Another worker was lost at step {step} ({_cause(error)}). The last checkpoint is "
-                f"{checkpoints.newest or 'none'}. Start all workers again with the same command: training goes on "
-                "from there"
+                f"Another worker was lost at step {step} ({_cause(error)}). The last checkpoint is {newest}. Start all "
+                "workers again with the same command: training goes on from there"
             ) from None
         upcoming = np.concatenate([stream.order.batch(s) for s in range(step, step + AHEAD)])
         problems = sources.unusable_images(stream.dataset, upcoming)
         if not problems:
             raise
+        leave_out = ", or leave such files out with data.bad_images=skip" if config.data.bad_images == "stop" else ""
         raise RunError(
             f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is {newest}. Mend or remove the file "
-            "(`python -m retinanet_keras inspect` lists all such files), or leave such files out with "
-            "data.bad_images=skip; then run the same command again: training goes on from there"
+            f"(`python -m retinanet_keras inspect` lists all such files){leave_out}; then run "
+            "the same command again: training goes on from there"
         ) from None
 
 
@@ -85,7 +87,8 @@ def _not_finite(stream, model, config, folder, step, newest):
     ids = ", ".join(str(i) for i in batch[1]["image_id"].numpy())
     path = folder.failed / f"step-{step + 1}.npz"
     try:
-        replay.save(path, model, config, stream.dataset.categories, step + 1, batch)
+        if strategies.is_chief(model.distribute_strategy):
+            replay.save(path, model, config, stream.dataset.categories, step + 1, batch)
         written = f"`python -m retinanet_keras replay {path}` computes it again, image by image"
     except OSError as error:
         written = f"{path}, to compute it again, could not be written ({error.strerror or error})"

@@ -1,0 +1,106 @@
+"""The step on TensorFlow: what it logs, refuses and leaves out, and mixed precision."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from retinanet_keras import optimizers
+from retinanet_keras.config import TrainConfig
+
+
+def batch():
+    """Two noisy images, one without boxes."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), "uint8")
+    boxes = np.array([[[8, 8, 50, 44], [40, 10, 90, 60]], [[0, 0, 0, 0]] * 2], "float32")
+    return images, {"boxes": boxes, "labels": np.array([[0, 2], [-1, -1]])}
+
+
+def compiled(small_model, optimizer=None, **settings):
+    of_compile = {name: settings.pop(name) for name in ("normalizer", "check_finite") if name in settings}
+    model = small_model(**settings)
+    model.compile(optimizer or optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
+    return model
+
+
+@pytest.mark.parametrize("normalizer", ["image", "minibatch"])
+def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model, normalizer):
+    model = compiled(small_model, normalizer=normalizer)
+    images, truth = batch()
+    with tf.GradientTape() as tape:
+        classification, box, divisor, _ = model.loss_terms(images, truth, model(images, training=True))
+        loss = (classification + box) / divisor
+    gradients = tape.gradient(loss, model.trainable_variables)
+    logs = model.train_on_batch(images, truth, return_dict=True)
+    assert logs["loss"] == pytest.approx(float(loss), rel=1e-5)
+    norm = np.sqrt(sum((g.numpy().astype("float64") ** 2).sum() for g in gradients))
+    assert float(logs["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_a_step_that_is_not_finite(small_model, check_finite):
+    model = compiled(small_model, keras.optimizers.AdamW(0.01), check_finite=check_finite)
+    images, truth = batch()
+    images = images.astype("float32")
+    images[0, 3, 3, 0] = np.nan
+    before = [v.numpy() for v in model.trainable_variables]
+    if check_finite:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="not finite"):
+            model.train_on_batch(images, truth)
+        for variable, value in zip(model.trainable_variables, before, strict=True):
+            np.testing.assert_array_equal(variable, value)
+        assert model.optimizer.iterations == 0
+        model.train_on_batch(*batch())  # and it goes on
+        assert model.optimizer.iterations == 1
+    else:
+        model.train_on_batch(images, truth)
+        assert not all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
+    images, truth = batch()
+    expected = compiled(small_model, norm=norm).train_on_batch(images, truth, return_dict=True)
+    model = compiled(small_model, norm=norm, dtype=policy, check_finite=True)
+    assert {v.dtype for v in model.weights} == {"float32"}
+    assert model.class_subnet.tower[0].compute_dtype == model.backbone.get_layer("stem").compute_dtype == policy[6:]
+    outputs = model(images)
+    assert outputs["logits"].dtype == outputs["deltas"].dtype == tf.float32
+    assert model.loss_terms(images, truth, outputs)[0].dtype == tf.float32
+    logs = model.train_on_batch(images, truth, return_dict=True)
+    for name in ("loss", "positives"):
+        assert logs[name] == pytest.approx(expected[name], rel=0.02), name
+    assert keras.config.dtype_policy().name == "float32"  # that of others is left alone
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert type(again.optimizer) is type(model.optimizer) and again.check_finite
+    np.testing.assert_array_equal(again(images)["logits"], model(images)["logits"])
+
+
+def test_a_float16_step_that_overflows_is_left_out_and_the_scale_halved(small_model):
+    model = compiled(small_model, dtype="mixed_float16", check_finite=True)
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.dynamic_scale.assign(2.0**100)
+    before = [v.numpy() for v in model.trainable_variables]
+    model.train_on_batch(*batch())
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    assert float(model.optimizer.dynamic_scale) == 2.0**99 and model.optimizer.iterations == 0
+
+
+def test_the_optimizer_of_a_configuration_takes_the_step(small_model):
+    """One step of §4.1 after warm-up: rate x (gradient + 1e-4 x kernel), twice the gradient of biases."""
+    settings = TrainConfig(learning_rate=0.02, batch_size=8, warmup=0)
+    images, truth = batch()
+    model = compiled(small_model, optimizers.build(settings))
+    with tf.GradientTape() as tape:
+        classification, box, divisor, _ = model.loss_terms(images, truth, model(images, training=True))
+        loss = (classification + box) / divisor
+    gradients = tape.gradient(loss, model.trainable_variables)
+    before = [v.numpy() for v in model.trainable_variables]
+    model.train_on_batch(images, truth)
+    for variable, old, gradient in zip(model.trainable_variables, before, gradients, strict=True):
+        kind = variable.path.rsplit("/", 1)[-1]
+        gradient = gradient.numpy() + (1e-4 * old if kind == "kernel" else gradient.numpy() if kind == "bias" else 0)
+        np.testing.assert_allclose(variable.numpy(), old - 0.01 * gradient, atol=2e-7, err_msg=variable.path)
