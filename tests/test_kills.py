@@ -66,8 +66,21 @@ def check_same(first, second, atol=0.0):
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=atol, err_msg=name)
 
 
+def seconds_to_a_checkpoint(workdir, data, *settings):
+    """Let a run finish; from its first words to its first checkpoint."""
+    process, output = start(workdir, data, *settings)
+    wait_for("Training resnet18", output, process)
+    began = time.monotonic()
+    while not list((workdir / "checkpoints").glob("step-*.index")):
+        assert process.poll() is None, output.read_text()[-3000:]
+        time.sleep(0.02)
+    seconds = time.monotonic() - began
+    assert process.wait() == 0, output.read_text()[-3000:]
+    return seconds
+
+
 def kill_again_and_again(workdir, data, kills, longest, *settings):
-    """Kill -9 at random moments after a start, each the sooner or later, then let it finish; the steps gone on from."""
+    """Kill -9 at random moments, up to `longest` s after its first words, then let it finish; the steps gone on from."""
     rng, steps = random.Random(0), []
     for _ in range(kills):
         process, output = start(workdir, data, *settings)
@@ -83,13 +96,16 @@ def kill_again_and_again(workdir, data, kills, longest, *settings):
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path):
-    """Of configs/shapes.json as it is, but for more checkpoints and evaluations to be killed in, and fewer steps."""
-    settings = ["train.iterations=500", "train.checkpoint_every=5", "eval.every=25", "data.shapes.val_images=16"]
-    finish(tmp_path / "undisturbed", tmp_path / "data", *settings)
-    steps = kill_again_and_again(tmp_path / "killed", tmp_path / "data", 20, 12, *settings)
+    """Of configs/shapes.json on small images, with many checkpoints, evaluations and best weights to be killed in."""
+    settings = [*SMALL, "model.norm=batch", "train.iterations=600", "train.checkpoint_every=5", "eval.every=20"]
+    settings += ["eval.keep=best"]
+    seconds = seconds_to_a_checkpoint(tmp_path / "undisturbed", tmp_path / "data", *settings)
+    steps = kill_again_and_again(tmp_path / "killed", tmp_path / "data", 20, 1.8 * seconds, *settings)
     print("went on from steps", steps)
     assert steps == sorted(steps) and len(set(steps)) > 5  # it did make progress in between
     check_same(tmp_path / "killed", tmp_path / "undisturbed")
+    bests = [(tmp_path / run / "checkpoints/best.json").read_text() for run in ("killed", "undisturbed")]
+    assert bests[0] == bests[1]
     metrics = [json.loads((tmp_path / run / "eval/test/metrics.json").read_text()) for run in ("killed", "undisturbed")]
     assert metrics[0] == metrics[1]
 
