@@ -80,7 +80,7 @@ def seconds_to_a_checkpoint(workdir, data, *settings):
 
 
 def kill_again_and_again(workdir, data, kills, longest, *settings):
-    """Kill -9 at random moments, up to `longest` s after its first words, then let it finish; the steps gone on from."""
+    """Kill -9 at random times, up to `longest` s after the first words; then let it finish. The steps gone on from."""
     rng, steps = random.Random(0), []
     for _ in range(kills):
         process, output = start(workdir, data, *settings)
