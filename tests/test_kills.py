@@ -97,7 +97,7 @@ def kill_again_and_again(workdir, data, kills, longest, *settings):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path):
     """Of configs/shapes.json on small images, with many checkpoints, evaluations and best weights to be killed in."""
-    settings = [*SMALL, "model.norm=batch", "train.iterations=600", "train.checkpoint_every=5", "eval.every=20"]
+    settings = [*SMALL, "model.norm=batch", "train.iterations=1500", "train.checkpoint_every=5", "eval.every=20"]
     settings += ["eval.keep=best"]
     seconds = seconds_to_a_checkpoint(tmp_path / "undisturbed", tmp_path / "data", *settings)
     steps = kill_again_and_again(tmp_path / "killed", tmp_path / "data", 20, 1.8 * seconds, *settings)
