@@ -20,16 +20,12 @@ def prepare(model):
         ValueError: where batch normalisation would be trained on several replicas, naming a layer and what to use.
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
-    trained = [
-        layer.name
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-    ]
+    trained = _trained_batch_norm(model)
     if replicas > 1 and trained:
         raise ValueError(
-            f"norm: batch normalisation is trained in {len(trained)} layers ({trained[0]}, ...), and on {replicas} "
-            'replicas each would have statistics of its own. Use norm="group" for training from random weights, or '
-            '"frozen" with pre-trained ones'
+            f"norm: batch normalisation is trained in {len(trained)} layers ({trained[0].name}, ...), and on "
+            f'{replicas} replicas each would have statistics of its own. Use norm="group" for training from random '
+            'weights, or "frozen" with pre-trained ones'
         )
     # Keras would clip each replica's gradients and then sum them; `update` sums, and leaves the clipping to it.
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a LossScaleOptimizer
@@ -70,8 +66,7 @@ def gradient_function(model, jit):
 
 def moving_statistics(model):
     """[(variable, its value now), ...] of all batch normalisation that is trained: it moves within the forward pass."""
-    layers = [x for x in model._flatten_layers() if isinstance(x, keras.layers.BatchNormalization) and x.trainable]
-    variables = [variable for layer in layers for variable in (layer.moving_mean, layer.moving_variance)]
+    variables = [v for layer in _trained_batch_norm(model) for v in (layer.moving_mean, layer.moving_variance)]
     return [(variable, tf.identity(variable.value)) for variable in variables]
 
 
@@ -115,3 +110,7 @@ def _restore(statistics):
     for variable, value in statistics:
         variable.assign(value)
     return tf.constant(True)
+
+
+def _trained_batch_norm(model):
+    return [x for x in model._flatten_layers() if isinstance(x, keras.layers.BatchNormalization) and x.trainable]
