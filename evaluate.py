@@ -19,9 +19,9 @@ def main():
     what.add_argument("--results", metavar="FILE", help="detections in COCO's results format; needs no run")
     args = parser.parse_args()
     import_tensorflow()
-    from retinanet_keras import commands
+    from retinanet_keras.evaluate import evaluate
 
-    commands.evaluate(args.config, args.workdir, args.split, args.set, args.weights, args.export, args.results)
+    evaluate(args.config, args.workdir, args.split, args.set, args.weights, args.export, args.results)
 
 
 if __name__ == "__main__":

@@ -4,64 +4,18 @@ import math
 import sys
 from pathlib import Path
 
-import keras
-
-from retinanet_keras.config import Config, DataConfig, load_config
+from retinanet_keras import trained
+from retinanet_keras.config import Config, DataConfig
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
-from retinanet_keras.model import RetinaNet
-from retinanet_keras.results import draw, evaluation
+from retinanet_keras.results import draw
 from retinanet_keras.serving import detector
-from retinanet_keras.serving.export import export_model, find
-from retinanet_keras.training import evaluator
+from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_weights
+from retinanet_keras.training.folder import RunFolder
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-
-
-def evaluate(config, workdir=None, split=None, overrides=(), weights=None, export=None, results=None):
-    """`evaluate.py`: score a run, a file of weights, a SavedModel, or results in COCO's format, on a split.
-
-    Args:
-        config: path of the configuration; the run's own is used where there is a run.
-        workdir: the run's folder; None: runs/ and the configuration's name.
-        split: None: the configuration's `test_split`.
-        weights: a .keras or .weights.h5 file to score in place of the run's.
-        export: a SavedModel to score.
-        results: a results file to score; needs no model, and takes its categories from the annotations.
-
-    Returns:
-        the metrics.
-    """
-    workdir = Path(workdir or Path("runs") / Path(config).stem)
-    folder = RunFolder(workdir)
-    if not (folder.config_file.exists() or weights or export or results):
-        raise RunError(
-            f"There is no run in {workdir}. Train it first: python train.py --config {config} --workdir {workdir}"
-        )
-    settings = load_config(folder.config_file if folder.config_file.exists() else config, overrides)
-    split = split or settings.data.test_split or settings.data.val_split
-    if results:
-        metrics = evaluation.coco_metrics(sources.annotation_file(settings.data, split), results)
-        print(evaluation.format_metrics(metrics))
-        return metrics
-    if export:
-        search, categories = detector.of_export(_saved_model(export))
-        dataset = sources.open_split(settings.data, split)
-        found = evaluator.detect_split_one_by_one(search, dataset)
-    else:
-        model = _load_weights(weights, settings, split) if weights else load_run(workdir, settings)[1]
-        categories = Categories.from_list(model.categories)
-        dataset = sources.open_split(settings.data, split)
-        found = evaluator.detect_split(model.detect, dataset, settings)
-    evaluator.check_categories(dataset, categories)
-    # Only the run's own weights write to the run's own results.
-    out = folder.evaluation(f"{split}-{Path(export or weights).name}" if export or weights else split)
-    metrics = evaluator.evaluate_to(out, found, dataset, settings.eval.pictures)
-    print(f"{evaluation.format_metrics(metrics)}\n\nwritten to {out}")
-    return metrics
 
 
 def detect(model, images, to, min_score):
@@ -81,10 +35,10 @@ def detect(model, images, to, min_score):
         config, net = load_run(model)
         search, categories = detector.of_model(net, config.data), Categories.from_list(net.categories)
     elif Path(model).suffix == ".keras":
-        net = _load_model(model, "--model")
+        net = trained.of_file(model, "--model")
         search, categories = detector.of_model(net, DataConfig()), Categories.from_list(net.categories)
     else:
-        search, categories = detector.of_export(_saved_model(model))
+        search, categories = detector.of_export(trained.saved_model(model))
     failed = 0
     print(f"{'image':<32} {'class':<16} {'score':>6} {'x1':>8} {'y1':>8} {'x2':>8} {'y2':>8}")
     for path, name in files:
@@ -112,49 +66,9 @@ def export(to, workdir=None, weights=None):
 
     Images are resized as the run's configuration says; for a file, as the paper says (shorter side 800).
     """
-    config, model = load_run(workdir) if workdir else (Config(), _load_model(weights, "--weights"))
+    config, model = load_run(workdir) if workdir else (Config(), trained.of_file(weights, "--weights"))
     print(f"written to {export_model(model, config, to)}")
     return 0
-
-
-def _load_weights(path, settings, split):
-    """A RetinaNet from a .keras file, or from a .weights.h5 file of the configuration's model."""
-    if Path(path).suffix == ".keras":
-        return _load_model(path, "--weights")
-    if not Path(path).is_file():
-        raise DataError(f"--weights: there is no file {path}")
-    model = build_model(settings, sources.open_split(settings.data, split).categories)
-    try:
-        load_weights(model, path)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise DataError(f"--weights: {path} does not fit the configuration's model ({first})") from None
-    return model
-
-
-def _load_model(path, option):
-    """A RetinaNet with categories from a .keras file."""
-    if not Path(path).is_file():
-        raise DataError(f"{option}: there is no file {path}")
-    try:
-        model = keras.models.load_model(path)
-    except (OSError, ValueError, TypeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise DataError(f"{option}: {path} is no model that Keras can load ({first})") from None
-    if not isinstance(model, RetinaNet) or not model.categories:
-        raise DataError(f"{option}: {path} is no RetinaNet with categories, but {type(model).__name__}")
-    return model
-
-
-def _saved_model(path):
-    """The SavedModel of an export folder."""
-    found = find(path)
-    if not found:
-        raise DataError(
-            f"{path} is neither a run's folder (no config.json) nor an export (no saved_model.pb in it, nor in a "
-            "numbered subfolder)"
-        )
-    return found
 
 
 def _unique(files):

@@ -267,11 +267,18 @@ class RetinaNet(keras.Model):
 
     def detect_in_graph(self, images, sizes):
         """`detect` without its own compilation, for use in a larger graph."""
+        return self.decode_in_graph(self.outputs_in_graph(images, sizes), images, sizes)
+
+    def outputs_in_graph(self, images, sizes):
+        """The first half of `detect_in_graph`: logits and deltas, as of a call, but for what is beyond an image's size."""
+        pixels = self._normalise(images, self.detection.pad_multiple, ops.cast(sizes, "float32"))
+        return self._forward(pixels, False)
+
+    def decode_in_graph(self, outputs, images, sizes):
+        """The second half: detections from the outputs of the first, and its arguments."""
         settings = dataclasses.asdict(self.detection)
-        multiple = settings.pop("pad_multiple")
+        anchors, per_level = self._anchors_of(images, settings.pop("pad_multiple"))
         sizes = ops.cast(sizes, "float32")
-        outputs = self._forward(self._normalise(images, multiple, sizes), False)
-        anchors, per_level = self._anchors_of(images, multiple)
         return detections.decode(
             outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1], **settings
         )

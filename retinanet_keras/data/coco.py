@@ -4,6 +4,7 @@ Labels are 0..K-1 in increasing order of category id; `Categories` maps back. Bo
 pixels here: COCO's `x, y, width, height` ends at this boundary. What the JSON must hold is in `rules`.
 """
 
+import dataclasses
 import difflib
 import json
 import logging
@@ -61,9 +62,15 @@ class CocoDataset:
     labels: np.ndarray  # int32 [M], 0..K-1
     annotation_file: str
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> annotations of the file left out, crowds included
+    spans: np.ndarray | None = None  # int64 [N, 2], first byte and number of bytes in the file; None: whole files
+    labelled: bool = True  # whether the JSON has annotations at all, be it none for these images
 
     def __len__(self):
         return len(self.image_ids)
+
+    def name_of(self, i):
+        """What to call image i in a message."""
+        return self.files[i] if self.spans is None else f"image {self.image_ids[i]} in {self.files[i]}"
 
     def boxes_of(self, i):
         """float32 [n, 4], x1, y1, x2, y2 in pixels of image i."""
@@ -94,7 +101,14 @@ class CocoDataset:
             labels=self.labels[rows],
             annotation_file=self.annotation_file,
             dropped=self.dropped,
+            spans=None if self.spans is None else self.spans[indices],
+            labelled=self.labelled,
         )
+
+
+def with_spans(dataset, files, spans):
+    """The dataset with its images in other files: `files`, N paths, and int64 [N, 2] as `spans`."""
+    return dataclasses.replace(dataset, files=tuple(files), spans=spans)
 
 
 def load(annotation_file, image_dir, *, keep_empty=True):
@@ -186,6 +200,7 @@ def examine(tree, annotation_file, image_dir):
         labels=labels,
         annotation_file=str(annotation_file),
         dropped=dropped,
+        labelled="annotations" in tree,
     )
     return findings, dataset
 

@@ -1,6 +1,8 @@
 """The image files of a dataset, each decoded once: which are missing, cannot be read, or are not what the JSON says."""
 
 import contextlib
+import functools
+import io
 import os
 import warnings
 from collections import Counter
@@ -33,19 +35,19 @@ class ImageFile:
     problem: str = ""  # why it cannot be decoded
 
 
-def look_at(path):
-    """Read the header with Pillow, which tells more, and decode the image as training does."""
-    if not os.path.exists(path):
+def look_at(dataset, i):
+    """Read the header of image i with Pillow, which tells more, and decode the image as training does."""
+    if not os.path.exists(dataset.files[i]):
         return ImageFile(MISSING)
     mode, rotated = "unknown", False
     with contextlib.suppress(Exception), warnings.catch_warnings():  # broken files fail in many ways
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(sources.encoded_image(dataset, i))) as image:
             layout = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, which becomes mode RGB
             mode = SIXTEEN_BIT if "16" in layout or image.mode.startswith("I") else image.mode
             rotated = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
     try:
-        return ImageFile(mode, rotated, sources.read_image(path).shape[:2])
+        return ImageFile(mode, rotated, sources.image_of(dataset, i).shape[:2])
     except coco.DataError as error:
         return ImageFile(mode, rotated, None, str(error))
 
@@ -57,8 +59,9 @@ def check(dataset, title):
         findings; the indices of the images that can be used, int64 [n]; and a dict of counts for a report.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = list(tqdm(pool.map(look_at, dataset.files), title, len(dataset), unit="image", leave=False))
-    paths, told = dataset.files, dataset.sizes
+        looks = pool.map(functools.partial(look_at, dataset), range(len(dataset)))
+        files = list(tqdm(looks, title, len(dataset), unit="image", leave=False))
+    paths, told = [dataset.name_of(i) for i in range(len(dataset))], dataset.sizes
     sizes = np.array([file.size or (0, 0) for file in files], np.int64).reshape(-1, 2)  # [N, 2]
     modes = np.array([file.mode for file in files], object)
     rotated = np.array([file.rotated for file in files], bool)

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from retinanet_keras import anchors, targets
-from retinanet_keras.data import coco, image_files, pipeline, reach, rules, shapes, sources
+from retinanet_keras.data import coco, image_files, pipeline, reach, rules, sources
 from retinanet_keras.data.rules import ERROR, WARNING
 from retinanet_keras.results import draw
-from retinanet_keras.settings import ConfigError
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -62,21 +61,16 @@ def inspect(config, to):
         the report: a dict with `errors` and `warnings`, lists of sentences, and `splits`, the numbers of each.
     """
     data = config.data
-    if data.source == "tfds":
-        raise ConfigError('data.source: inspect reads COCO files; with "tfds" there are none. Use "coco" or "shapes"')
-    if data.source == "shapes":
-        shapes.generate(data.dir, data.shapes)
     to = Path(to)
     splits = dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split)))
     report = {"errors": [], "warnings": [], "splits": {}}
     datasets = {}
     for split in splits:
         try:
-            tree = coco.read(sources.annotation_file(data, split))
+            findings, dataset = sources.examine(data, split)
         except coco.DataError as error:
             report["errors"].append(f"{split}: {error}")
             continue
-        findings, dataset = coco.examine(tree, sources.annotation_file(data, split), sources.image_dir(data, split))
         found, sound, counts = image_files.check(dataset, f"Reading {split}")
         findings += found + _no_boxes(dataset, ERROR if split == data.train_split else WARNING)
         best, labels, sides = reach.best_iou_of(dataset, config)
@@ -146,12 +140,16 @@ def _between(datasets):
             findings.append(rules.Finding("split-categories", ERROR, 1, what, (split,), "All splits need the same."))
     for n, split in enumerate(datasets):
         for other in list(datasets)[n + 1 :]:
-            shared = sorted(set(datasets[split].files) & set(datasets[other].files))
+            shared = sorted(_image_names(datasets[split]) & _image_names(datasets[other]))
             findings += rules.find(
                 "split-overlap", WARNING, np.ones([len(shared)], bool), lambda i, shared=shared: shared[i],
                 f"images that are both in {split} and in {other}", "Results on images trained on mean little.",
             )  # fmt: skip
     return findings
+
+
+def _image_names(dataset):
+    return {dataset.name_of(i) for i in range(len(dataset))}
 
 
 def _counts(dataset, best, labels, config):
@@ -209,14 +207,14 @@ def _draw(to, split, dataset, config):
     spread = lambda n: filled[np.linspace(0, len(filled) - 1, min(n, len(filled))).astype(int)]  # noqa: E731
     names = dataset.categories.names
     sheet = [
-        draw.draw_boxes(sources.read_image(dataset.files[i]), dataset.boxes_of(i), dataset.labels_of(i), names)
+        draw.draw_boxes(sources.image_of(dataset, i), dataset.boxes_of(i), dataset.labels_of(i), names)
         for i in spread(PICTURES)
     ]
     draw.save(to / f"{split}_boxes.png", draw.grid(sheet))
     sheet = []
     for i in spread(PAIRS):
         pixels, _, scale = pipeline.fit(
-            sources.read_image(dataset.files[i])[None], config.data.short_side, config.data.max_side
+            sources.image_of(dataset, i)[None], config.data.short_side, config.data.max_side
         )
         pixels, boxes, labels = pixels[0].numpy(), dataset.boxes_of(i) * float(scale), dataset.labels_of(i)
         everywhere = np.asarray(anchors.anchor_boxes(*pixels.shape[:2], config.anchors))  # [A, 4]

@@ -18,14 +18,14 @@ def example_reader(dataset, halvings=None):
     Args:
         halvings: int [N], how often a JPEG's sides may be halved in decoding (`sources.decode_reduced`); None: not.
     """
-    files, ids = tf.constant(dataset.files), tf.constant(dataset.image_ids)
+    encoded_of, ids = sources.encoded_reader(dataset), tf.constant(dataset.image_ids)
     sizes, offsets = tf.constant(dataset.sizes), tf.constant(dataset.offsets)
     boxes, labels = tf.constant(dataset.boxes), tf.constant(dataset.labels)
     if halvings is not None:
         halvings = tf.constant(halvings, tf.int32)
 
     def read(index):
-        encoded, size = tf.io.read_file(files[index]), sizes[index]
+        encoded, size = encoded_of(index), sizes[index]
         if halvings is None:
             image = sources.decode(encoded)
         else:
@@ -64,7 +64,7 @@ def replacing(read, dataset, bucket, seed, skipped=None):
 
     def tell(index):
         if skipped is not None:
-            problems = sources.unusable_images(dataset, [index]) or [f"{dataset.files[index]} could not be read"]
+            problems = sources.unusable_images(dataset, [index]) or [f"{dataset.name_of(index)} could not be read"]
             skipped(int(index), problems[0])
 
     def candidates(index, sample):

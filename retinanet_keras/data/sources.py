@@ -1,13 +1,10 @@
 """Where a split's images and boxes are: COCO files, the generated shapes, TensorFlow Datasets."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import tensorflow as tf
 
-from retinanet_keras.data import coco, shapes
-from retinanet_keras.settings import ConfigError
+from retinanet_keras.data import coco, shapes, splits, tfds
+from retinanet_keras.errors import first_line
 
 
 def open_split(config, split, *, keep_empty=True):
@@ -22,27 +19,53 @@ def open_split(config, split, *, keep_empty=True):
         a coco.CocoDataset.
 
     Raises:
-        DataError, ConfigError: saying what is missing or wrong, and where.
+        DataError: saying what is missing or wrong, and where.
     """
-    if config.source == "shapes":
-        shapes.generate(config.dir, config.shapes)
-    return coco.load(annotation_file(config, split), image_dir(config, split), keep_empty=keep_empty)
+    if config.source == "tfds":
+        return tfds.open_split(config, split, keep_empty=keep_empty)
+    return coco.load(*_files(config, split), keep_empty=keep_empty)
+
+
+def examine(config, split):
+    """Every fault of a split, and what of it is usable: as `coco.examine`."""
+    if config.source == "tfds":
+        dataset = tfds.open_split(config, split)
+        findings, _ = coco.examine(coco.read(dataset.annotation_file), dataset.annotation_file, config.dir)
+        return findings, dataset
+    file, images = _files(config, split)
+    return coco.examine(coco.read(file), file, images)
 
 
 def annotation_file(config, split):
     """The path of a split's annotation JSON."""
-    if config.source == "tfds":
-        raise ConfigError(
-            f'data.source: "tfds" ({config.name}) is not available in this release. Use "coco" with the official '
-            "files: data.source=coco data.dir=FOLDER, and data.annotations, data.images and the splits to suit "
-            "(see the README, Train on COCO)"
-        )
-    return Path(config.dir) / config.annotations.format(split=split)
+    return tfds.annotation_file(config, split) if config.source == "tfds" else _files(config, split)[0]
 
 
-def image_dir(config, split):
-    """The folder of a split's images."""
-    return Path(config.dir) / config.images.format(split=split)
+def _files(config, split):
+    """A split's annotation file and image folder."""
+    if config.source == "shapes":
+        shapes.generate(config.dir, config.shapes)
+    return splits.resolve(config, split)
+
+
+def encoded_reader(dataset):
+    """A function of the graph: index -> the encoded bytes of that image."""
+    files = tf.constant(dataset.files)
+    if dataset.spans is None:
+        return lambda index: tf.io.read_file(files[index])
+    spans = tf.constant(dataset.spans)
+
+    def read(index):
+        return tf.ensure_shape(tf.numpy_function(_part, [files[index], spans[index]], tf.string), [])
+
+    return read
+
+
+def _part(file, span=(0, -1)):
+    """Bytes of a file: (where they begin, how many, -1 for all the rest)."""
+    with open(file, "rb") as opened:
+        opened.seek(span[0])
+        return opened.read(span[1])
 
 
 def decode(image_bytes):
@@ -74,10 +97,24 @@ def read_image(path):
     Raises:
         DataError: where the file is missing or no image.
     """
+    return _decoded(lambda: _part(path), path)
+
+
+def image_of(dataset, i):
+    """The same of image i of a dataset."""
+    return _decoded(lambda: encoded_image(dataset, i), dataset.name_of(i))
+
+
+def encoded_image(dataset, i):
+    """The bytes of image i of a dataset, as they are stored."""
+    return _part(dataset.files[i], (0, -1) if dataset.spans is None else dataset.spans[i])
+
+
+def _decoded(read, name):
     try:
-        return decode(tf.io.read_file(str(path))).numpy()
-    except tf.errors.OpError as error:
-        raise coco.DataError(f"{path} cannot be read as an image: {first_line(error)}") from None
+        return decode(read()).numpy()
+    except (OSError, tf.errors.OpError) as error:
+        raise coco.DataError(f"{name} cannot be read as an image: {first_line(error)}") from None
 
 
 def unusable_images(dataset, indices):
@@ -85,17 +122,11 @@ def unusable_images(dataset, indices):
     problems = []
     for i in np.unique(indices):
         try:
-            size = read_image(dataset.files[i]).shape[:2]
+            size = image_of(dataset, i).shape[:2]
         except coco.DataError as error:
             problems.append(str(error))
             continue
         if size != tuple(dataset.sizes[i]):
             told = "x".join(str(side) for side in dataset.sizes[i])
-            problems.append(f"{dataset.files[i]} is {size[0]}x{size[1]} (height x width), its annotation says {told}")
+            problems.append(f"{dataset.name_of(i)} is {size[0]}x{size[1]} (height x width), its annotation says {told}")
     return problems
-
-
-def first_line(error):
-    """What an error says, without the names of graph nodes that TensorFlow adds."""
-    message = getattr(error, "message", None) or str(error)
-    return re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0].split(" [Op:")[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from retinanet_keras.data.sources import first_line
+from retinanet_keras.errors import first_line
 from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of, load_weights
 
 logger = logging.getLogger("retinanet_keras")
@@ -19,16 +19,18 @@ class Checkpoints:
     `step`: steps trained for; the trainer counts it up. With float16 the optimizer leaves steps out that count here.
     """
 
-    def __init__(self, model, folder, keep, writes=True):
-        """writes: False for a worker that restores what another one saves."""
-        if not model.optimizer.built:  # its state would be skipped in restoring
+    def __init__(self, model, folder, keep, writes=True, optimizer=True):
+        """writes: False for a worker that restores what another one saves; optimizer: False to restore the weights."""
+        if optimizer and not model.optimizer.built:  # its state would be skipped in restoring
             with model.distribute_strategy.scope():
                 model.optimizer.build(model.trainable_variables)
         self.model, self.writes = model, writes
         self._step = tf.Variable(0, dtype=tf.int64, trainable=False)
         # No metrics: saving those of several workers takes all of them, and one may be gone.
         weights = [variable.value for variable in model.weights]
-        self.checkpoint = tf.train.Checkpoint(weights=weights, optimizer=model.optimizer, step=self._step)
+        own = {"optimizer": model.optimizer} if optimizer else {}
+        self.checkpoint = tf.train.Checkpoint(weights=weights, step=self._step, **own)
+        self._whole = optimizer
         self.manager = tf.train.CheckpointManager(self.checkpoint, folder.checkpoints, keep, checkpoint_name="step")
         self.newest = None  # the path of the last checkpoint that was restored or saved
 
@@ -56,7 +58,8 @@ class Checkpoints:
         there = [str(path.with_suffix("")) for path in Path(self.manager.directory).glob("step-*.index")]
         for path in sorted(there, key=lambda path: int(path.rsplit("-", 1)[1]), reverse=True):
             try:
-                self.checkpoint.restore(path).assert_consumed()
+                status = self.checkpoint.restore(path)
+                status.assert_consumed() if self._whole else status.assert_existing_objects_matched().expect_partial()
             except (tf.errors.OpError, AssertionError, ValueError) as error:
                 problems.append(f"{path} cannot be read ({first_line(error)})")
                 continue
@@ -118,6 +121,6 @@ def load_run(workdir, config=None):
         except (OSError, ValueError) as error:
             raise RunError(f"{folder.best_weights} cannot be read ({first_line(error)}). Train the run again") from None
         return config, model
-    if not Checkpoints(model, folder, config.train.keep_checkpoints).restore():
+    if not Checkpoints(model, folder, config.train.keep_checkpoints, optimizer=False).restore():
         raise RunError(f"The run in {folder.path} has no checkpoint yet. Run train.py for it first")
     return config, model

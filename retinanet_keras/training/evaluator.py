@@ -1,48 +1,172 @@
-"""A detector over a split: results, the COCO numbers, pictures."""
+"""A detector over a split: what it finds, batch by batch, and what is written of it."""
 
+import collections
 import contextlib
+import functools
+import hashlib
+import itertools
+import time
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
 from retinanet_keras.data import coco, pipeline, sources
-from retinanet_keras.results import draw, evaluation
-from retinanet_keras.serving import detector
-from retinanet_keras.training.folder import RunError
+
+PARTS = ("input", "network", "post-processing")  # of the time of an image
 
 
-def detect_split(detect, dataset, config, label="Evaluating"):
+def detect_split(model, dataset, config, **how):
     """Run a model over a dataset, each image on its own canvas, images of equal canvas in batches.
 
+    Under MirroredStrategy the replicas take turns at the batches, which stay what they are on one device.
+
     Args:
-        detect: `RetinaNet.detect`.
+        model: a RetinaNet.
         dataset: a CocoDataset.
         config: a Config.
+        how: as for `_run`.
 
     Yields:
         (image_id, boxes [n, 4], scores [n], labels [n]) of each image: NumPy, boxes in the image's own pixels.
     """
-    with _progress(dataset, label) as bar, _naming_bad_files(dataset):
-        for images, info in pipeline.inference_batches(dataset, config.data, config.eval.batch_size):
-            found = detect(images, info["size"])
-            boxes = pipeline.to_original(found["boxes"], info["scale"], info["original_size"]).numpy()
-            scores, labels, counts = (np.asarray(found[key]) for key in ("scores", "labels", "count"))
-            for i, n in enumerate(counts):
-                yield int(info["image_id"][i]), boxes[i, :n], scores[i, :n], labels[i, :n]
-            bar.update(len(counts))
+    plan = pipeline.inference_plan(dataset.sizes, config.eval.batch_size, config.data)
+    return _run(functools.partial(_by_model, model, dataset, config.data), dataset, plan, **how)
 
 
-def detect_split_one_by_one(detect, dataset, label="Evaluating"):
-    """The same with a detector of `serving.detector`, which takes images as they are."""
-    with _progress(dataset, label) as bar:
-        rows = zip(dataset.image_ids.tolist(), dataset.files, dataset.sizes.tolist(), strict=True)
-        for row, (image_id, file, size) in enumerate(rows):
-            image = sources.read_image(file)
-            if image.shape[:2] != tuple(size):
-                raise coco.DataError(sources.unusable_images(dataset, [row])[0])
-            yield image_id, *detector.detections_of(detect, image)
-            bar.update()
+def detect_split_by_export(detect, dataset, config, **how):
+    """The same with a detector of `serving.detector`, which takes images as they are: those of equal size in batches."""
+    plan = pipeline.inference_plan(dataset.sizes, config.eval.batch_size)
+    return _run(functools.partial(_by_export, detect, dataset), dataset, plan, **how)
+
+
+def _run(compute, dataset, plan, *, label="Evaluating", unfinished=None, speed=None):
+    """Every image of a plan, those of an interrupted evaluation from its file.
+
+    Args:
+        compute: a function of a plan that yields (list of what was found in each image, seconds by PARTS) per batch.
+        label: of the progress bar.
+        unfinished: an `Unfinished`, which is told of every batch.
+        speed: a dict that receives `images` and the seconds by PARTS, without those of first batches of a shape.
+    """
+    done = unfinished.batches if unfinished else []
+    told = [[one[0] for one in batch] for batch in done]
+    if told != [dataset.image_ids[indices].tolist() for indices in plan[: len(done)]]:
+        raise coco.DataError(f"{unfinished.path} does not belong to this evaluation. Remove it")
+    with tqdm(total=len(dataset), desc=label, unit="image", mininterval=1.0, leave=False) as bar:
+        for batch in done:
+            bar.update(len(batch))
+            yield from batch
+        with _naming_bad_files(dataset):
+            for batch, seconds in compute(plan[len(done) :]):
+                if unfinished:
+                    unfinished.add(batch)
+                if speed is not None and seconds:
+                    collections.Counter.update(speed, {"images": len(batch), **seconds})
+                yield from batch
+                bar.update(len(batch))
+
+
+def _by_model(model, dataset, data, plan):
+    strategy = model.distribute_strategy
+    # Of several workers the chief evaluates alone: the others have not the same step to take.
+    mirrored = type(strategy) is tf.distribute.MirroredStrategy
+    replicas = strategy.num_replicas_in_sync if mirrored else 1
+
+    def on_all(function):
+        run = (lambda *args: strategy.run(function, args=args)) if mirrored else function
+        return tf.function(run, reduce_retracing=True)
+
+    def give(values):
+        if not mirrored:
+            return values[0]
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: values[min(context.replica_id_in_sync_group, len(values) - 1)]
+        )
+
+    def take(values):
+        """Of each replica, as NumPy, which waits for the result."""
+        nested = tf.nest.map_structure(lambda v: [x.numpy() for x in strategy.experimental_local_results(v)], values)
+        return [{name: value[replica] for name, value in nested.items()} for replica in range(replicas)]
+
+    network, decode = on_all(model.outputs_in_graph), on_all(model.decode_in_graph)
+    batches, seen = iter(pipeline.inference_batches(dataset, plan, data)), set()
+    clock = _Clock()
+    while group := list(itertools.islice(batches, replicas)):
+        clock.lap("input")
+        shapes = tuple(images.shape for images, _ in group)
+        images, sizes = give([images for images, _ in group]), give([about["size"] for _, about in group])
+        outputs = network(images, sizes)
+        for local in strategy.experimental_local_results(outputs["deltas"]):
+            local[:, :1].numpy()  # waits
+        clock.lap("network")
+        results = take(decode(outputs, images, sizes))
+        clock.lap("post-processing")
+        seconds = clock.restart()
+        for number, ((_, about), found) in enumerate(zip(group, results, strict=False)):
+            boxes = pipeline.to_original(found["boxes"], about["scale"], about["original_size"]).numpy()
+            batch = _images(about["image_id"].numpy(), {**found, "boxes": boxes}, found["count"])
+            yield batch, seconds if number == 0 and shapes in seen else {}
+        seen.add(shapes)
+
+
+def _by_export(detect, dataset, plan):
+    clock, seen = _Clock(), set()
+    for images, about in pipeline.inference_batches(dataset, plan):
+        clock.lap("input")
+        found = detect(images)
+        clock.lap("network")
+        seconds = clock.restart()
+        yield (
+            _images(about["image_id"].numpy(), found, found["num_detections"]),
+            seconds if images.shape in seen else {},
+        )
+        seen.add(images.shape)
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self):
+        self.seconds, self.start = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name], self.start = now - self.start, now
+
+    def restart(self):
+        """The laps so far."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def _images(ids, found, counts):
+    rows = zip(ids.tolist(), counts.tolist(), strict=True)
+    return [(id_, *(found[name][i, :n] for name in ("boxes", "scores", "labels"))) for i, (id_, n) in enumerate(rows)]
+
+
+def milliseconds(speed):
+    """{part: milliseconds an image} of what `detect_split` measured; None where it was too little to tell."""
+    if not speed.get("images"):
+        return None
+    return {part: 1000 * speed[part] / speed["images"] for part in PARTS if part in speed}
+
+
+def identity(dataset, config, weights):
+    """What an evaluation depends on, JSON-able: the images, the sizes they are given, the weights.
+
+    Args:
+        weights: NumPy arrays, or a text that names them.
+    """
+    digest = hashlib.sha256()
+    for value in [weights.encode()] if isinstance(weights, str) else weights:
+        digest.update(np.ascontiguousarray(value))
+    data = config.data
+    return {
+        "annotations": dataset.annotation_file, "images": hashlib.sha256(dataset.image_ids).hexdigest(),
+        "sizes": [data.short_side, data.max_side], "batch": config.eval.batch_size,
+        "detection": config.to_dict()["detection"], "weights": digest.hexdigest(),
+    }  # fmt: skip
 
 
 def check_categories(dataset, categories):
@@ -56,10 +180,6 @@ def check_categories(dataset, categories):
     )
 
 
-def _progress(dataset, label):
-    return tqdm(total=len(dataset), desc=label, unit="image", mininterval=1.0, leave=False)
-
-
 @contextlib.contextmanager
 def _naming_bad_files(dataset):
     """TensorFlow's input errors as one that names the files."""
@@ -70,64 +190,3 @@ def _naming_bad_files(dataset):
         if not problems:
             raise
         raise coco.DataError("; ".join(problems[:5])) from None
-
-
-def evaluate(found, dataset):
-    """Score detections.
-
-    Args:
-        found: (image_id, boxes, scores, labels) of each image, as `detect_split` yields them.
-
-    Returns:
-        (metrics, results): the dict of `evaluation.coco_metrics`, and COCO's list of results.
-    """
-    results = []
-    for one in found:
-        results += evaluation.to_results(*one, dataset.categories)
-    return evaluation.coco_metrics(dataset.annotation_file, results, image_ids=dataset.image_ids.tolist()), results
-
-
-def evaluate_to(folder, found, dataset, pictures):
-    """`evaluate`, with metrics.json, results.json and as many pictures as asked for written into a folder.
-
-    Returns:
-        metrics.
-
-    Raises:
-        RunError: where the folder cannot be written.
-    """
-    metrics, results = evaluate(found, dataset)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        evaluation.write_results(folder / "results.json", results)
-        evaluation.write_metrics(folder / "metrics.json", metrics)
-        if pictures:
-            draw_pictures(folder / "pictures", dataset, results, pictures)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror or error})") from None
-    return metrics
-
-
-def comparisons(dataset, results, count):
-    """Ground truth beside detections, for `count` images spread evenly over the dataset: (image id, uint8 image)."""
-    by_image = {}
-    for result in results:
-        by_image.setdefault(result["image_id"], []).append(result)
-    label_of = {id_: label for label, id_ in enumerate(dataset.categories.ids)}
-    for i in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)):
-        image_id = int(dataset.image_ids[i])
-        found = by_image.get(image_id, [])
-        boxes = np.array([r["bbox"] for r in found], "float32").reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]  # COCO's x, y, width, height
-        detections = boxes, np.array([r["score"] for r in found]), np.array([label_of[r["category_id"]] for r in found])
-        truth, image = (dataset.boxes_of(i), dataset.labels_of(i)), sources.read_image(dataset.files[i])
-        yield image_id, draw.side_by_side(image, truth, detections, dataset.categories.names)
-
-
-def draw_pictures(folder, dataset, results, count):
-    """Write the `comparisons`, one file each and all in grid.png."""
-    pictures = []
-    for image_id, picture in comparisons(dataset, results, count):
-        draw.save(folder / f"{image_id}.jpg", picture)
-        pictures.append(picture)
-    draw.save(folder / "grid.png", draw.grid(pictures, columns=2))

@@ -9,11 +9,11 @@ import tensorflow as tf
 from retinanet_keras.training.folder import RunError
 
 
-def make(config, batch_size):
+def make(config, batch_size=None):
     """The tf.distribute.Strategy of a StrategyConfig. To be called before TensorFlow has used any device.
 
     Args:
-        batch_size: images of a step over all replicas.
+        batch_size: images of a step over all replicas; None: there are no steps, as in evaluation.
 
     Raises:
         RunError: where there are not enough devices, TF_CONFIG is missing or wrong, or the batch does not divide.
@@ -29,7 +29,7 @@ def make(config, batch_size):
     else:
         return tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
-    if batch_size % replicas:
+    if batch_size and batch_size % replicas:
         raise RunError(
             f"train.batch_size: expected a multiple of the number of replicas, {replicas}, got {batch_size}. Choose "
             "another batch size (the learning rate follows it), or another strategy.kind or strategy.replicas"

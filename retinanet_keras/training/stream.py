@@ -47,7 +47,7 @@ class Stream:
             )  # fmt: skip
 
     def _skip(self, index, message):
-        file = self.dataset.files[index]
+        file = self.dataset.name_of(index)
         if file not in self.skipped:
             logger.warning("left out of training: %s: %s", file, message)
         self.skipped[file] = message

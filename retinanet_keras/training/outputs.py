@@ -1,0 +1,96 @@
+"""What an evaluation leaves in its folder: results, metrics, pictures, a report; or a submission to COCO's server."""
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from retinanet_keras.data import sources
+from retinanet_keras.results import draw, evaluation
+from retinanet_keras.results.records import Records
+from retinanet_keras.training.folder import RunError
+
+SHOWN_SCORE = 0.3  # detections drawn
+EXTREMES = 6  # best and worst images in the report, of each
+
+
+def collect(found, dataset):
+    """The Records of (image_id, boxes, scores, labels), as `evaluator.detect_split` yields them."""
+    records = Records()
+    for one in found:
+        records.append(*one, dataset.categories)
+    return records
+
+
+def score(records, dataset, config):
+    """`evaluation.coco_metrics` of a dataset's images."""
+    return evaluation.coco_metrics(
+        dataset.annotation_file, records, image_ids=dataset.image_ids.tolist(), library=config.eval.library
+    )
+
+
+def write(folder, records, dataset, config, split, *, about=None, speed=None):
+    """Score, and write results.json, metrics.json, report.html and pictures; without labels, what a server takes.
+
+    Args:
+        folder: a path, made where it does not exist.
+        records: Records.
+        split: its name, for the report and the submission.
+        about: {what: text}, for the report.
+        speed: {part: milliseconds an image}, or None.
+
+    Returns:
+        the metrics; None where the dataset has no labels.
+
+    Raises:
+        RunError: where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write(folder / "results.json")
+        metrics = None
+        if dataset.labelled:
+            metrics = score(records, dataset, config)
+            evaluation.write_metrics(folder / "metrics.json", metrics)
+            _write_report(folder / "report.html", records, dataset, config, split, metrics, about, speed)
+        else:
+            _write_submission(folder, dataset, about)
+        if config.eval.pictures:
+            _draw_pictures(folder / "pictures", dataset, records, config.eval.pictures)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror or error})") from None
+    return metrics
+
+
+def comparisons(dataset, records, count):
+    """Ground truth beside detections, for `count` images spread evenly over the dataset: (image id, uint8 image)."""
+    for i in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)) if count else ():
+        yield int(dataset.image_ids[i]), _compare(dataset, records, i, SHOWN_SCORE)
+
+
+def _compare(dataset, records, i, min_score):
+    found = records.of_image(int(dataset.image_ids[i]), dataset.categories)
+    truth = (dataset.boxes_of(i), dataset.labels_of(i)) if dataset.labelled else None
+    image = sources.image_of(dataset, i)
+    return draw.side_by_side(image, truth, found, dataset.categories.names, min_score=min_score)
+
+
+def _draw_pictures(folder, dataset, records, count):
+    """Write the `comparisons`, one file each and all in grid.png."""
+    pictures = []
+    for image_id, picture in comparisons(dataset, records, count):
+        draw.save(folder / f"{image_id}.jpg", picture)
+        pictures.append(picture)
+    draw.save(folder / "grid.png", draw.grid(pictures, columns=2))
+
+
+def _write_submission(folder, dataset, about):
+    """The zip file as COCO's server asks for it: detections_[testset]_[alg]_results.zip with a .json of that name."""
+    testset = re.sub(r"^image_info_", "", Path(dataset.annotation_file).stem)
+    algorithm = re.sub(r"[^A-Za-z0-9-]+", "-", (about or {}).get("model", "retinanet")).strip("-") or "retinanet"
+    name = f"detections_{testset}_{algorithm}_results"
+    partial = folder / f".{name}.zip.partial"
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "results.json", f"{name}.json")
+    partial.replace(folder / f"{name}.zip")
