@@ -4,7 +4,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOMES = {"RetinaNet": "model", "load_config": "config", "AnchorConfig": "config"}
+_HOMES = {"RetinaNet": "model", "load_config": "config", "AnchorConfig": "config", "CocoMetrics": "training.metrics"}
 __all__ = sorted(_HOMES)
 
 

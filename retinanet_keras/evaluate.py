@@ -89,7 +89,7 @@ def _check_model(settings, own):
 
 
 def _detector(strategy, folder, settings, dataset, weights, export):
-    """(a function of (dataset, config, ...) as `evaluator.detect_split` has them, Categories, what names the weights)."""
+    """(a function of (dataset, config, ...) as of `evaluator.detect_split`, Categories, what names the weights)."""
     if export:
         path = trained.saved_model(export)
         search, categories = detector.of_export(path)

@@ -270,7 +270,7 @@ class RetinaNet(keras.Model):
         return self.decode_in_graph(self.outputs_in_graph(images, sizes), images, sizes)
 
     def outputs_in_graph(self, images, sizes):
-        """The first half of `detect_in_graph`: logits and deltas, as of a call, but for what is beyond an image's size."""
+        """The first half of `detect_in_graph`: logits and deltas, with nothing beyond an image's size."""
         pixels = self._normalise(images, self.detection.pad_multiple, ops.cast(sizes, "float32"))
         return self._forward(pixels, False)
 

@@ -35,7 +35,7 @@ def detect_split(model, dataset, config, **how):
 
 
 def detect_split_by_export(detect, dataset, config, **how):
-    """The same with a detector of `serving.detector`, which takes images as they are: those of equal size in batches."""
+    """The same with a detector of `serving.detector`, which takes images as they are, of one size in a batch."""
     plan = pipeline.inference_plan(dataset.sizes, config.eval.batch_size)
     return _run(functools.partial(_by_export, detect, dataset), dataset, plan, **how)
 

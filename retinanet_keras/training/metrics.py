@@ -58,7 +58,7 @@ class CocoMetrics(keras.callbacks.Callback):
 
 
 def _detect_batches(model, batches):
-    """(ground truth as COCO's annotation dict, Records) of batches for `model.fit`; images are numbered as they come."""
+    """(ground truth as COCO's annotations, Records) of batches for `model.fit`; images are numbered as they come."""
     rows = model.categories or [{"label": i, "id": i + 1, "name": str(i)} for i in range(model.num_classes)]
     categories = Categories.from_list(rows)
     images, annotations, records = [], [], Records("The detections")

@@ -85,6 +85,21 @@ def _draw_pictures(folder, dataset, records, count):
     draw.save(folder / "grid.png", draw.grid(pictures, columns=2))
 
 
+def _write_report(path, records, dataset, config, split, metrics, about, speed):
+    place = {int(image_id): i for i, image_id in enumerate(dataset.image_ids)}
+    ranked = metrics["images"]
+
+    def pictures(end):
+        for row in ranked[end][:EXTREMES]:
+            caption = "image {image_id}: {found} found, {missed} missed, {false} false".format(**row)
+            yield caption, _compare(dataset, records, place[row["image_id"]], ranked["min_score"])
+
+    report.write_report(
+        path, metrics, split=split, about={**(about or {}), "library": config.eval.library}, speed=speed,
+        best=list(pictures("best")), worst=list(pictures("worst")),
+    )  # fmt: skip
+
+
 def _write_submission(folder, dataset, about):
     """The zip file as COCO's server asks for it: detections_[testset]_[alg]_results.zip with a .json of that name."""
     testset = re.sub(r"^image_info_", "", Path(dataset.annotation_file).stem)

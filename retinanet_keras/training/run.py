@@ -13,9 +13,10 @@ import numpy as np
 from retinanet_keras.data import inspection, sources
 from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
-from retinanet_keras.training import callbacks, evaluator, strategies
+from retinanet_keras.training import callbacks, evaluator, outputs, strategies
 from retinanet_keras.training.checkpoints import Checkpoints
 from retinanet_keras.training.folder import RunFolder, build_model, load_weights, settle
+from retinanet_keras.training.metrics import CocoMetrics
 from retinanet_keras.training.stream import Stream, explained
 
 logger = logging.getLogger("retinanet_keras")
@@ -60,7 +61,7 @@ def train(config, workdir):
             folder.cut_log(step)
             if step:
                 print(f"Going on from step {step} of {config.train.iterations}")
-        _fit(model, config, folder, checkpoints, train_set, val_set, signals)
+        _fit(model, config, folder, checkpoints, train_set, CocoMetrics(val_set, config), signals)
         metrics = _finish(model, config, folder, test_set, began) if chief else None
         strategies.wait(strategy)
         return metrics
@@ -99,7 +100,7 @@ def _say_plan(config, workdir, train_set, strategy):
         )
 
 
-def _fit(model, config, folder, checkpoints, train_set, val_set, signals):
+def _fit(model, config, folder, checkpoints, train_set, validation, signals):
     """Train from the model's step to the last, evaluating in between. Each stretch is one `model.fit`."""
     strategy, every = model.distribute_strategy, config.eval.every
     chief = strategies.is_chief(strategy)
@@ -112,7 +113,7 @@ def _fit(model, config, folder, checkpoints, train_set, val_set, signals):
         step = checkpoints.step
         due = every and step and (step % every == 0 or step == config.train.iterations)
         if due and log and not any(row["step"] == step and "AP" in row for row in folder.log_rows()):
-            _validate(model, config, folder, log, val_set, step)  # the run was stopped before or in it
+            _validate(model, config, folder, log, validation, step)  # the run was stopped before or in it
         while (step := checkpoints.step) < config.train.iterations:
             stop = min(config.train.iterations, (step // every + 1) * every if every else config.train.iterations)
             batches = functools.partial(stream.batches, step, log.new_pipeline() if log else None)
@@ -124,22 +125,23 @@ def _fit(model, config, folder, checkpoints, train_set, val_set, signals):
                 checkpoints.save()
                 save.leave_if_asked()
             if every and log:
-                _validate(model, config, folder, log, val_set, stop)
+                _validate(model, config, folder, log, validation, stop)
     finally:
         if log:
             log.close()
         stream.report()
 
 
-def _validate(model, config, folder, log, val_set, step):
+def _validate(model, config, folder, log, validation, step):
     """AP on the validation split, logged; the best weights kept."""
-    metrics, results = evaluator.evaluate(evaluator.detect_split(model.detect, val_set, config, "Validating"), val_set)
+    metrics = validation.evaluate(model)
     if metrics["AP"] is not None:
         log.bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {config.data.val_split}")
         if config.eval.keep == "best":
             folder.keep_best(model, step, metrics["AP"])
     log.write({"step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})  # last: it says that all was done
-    pictures = [picture for _, picture in evaluator.comparisons(val_set, results, min(4, config.eval.pictures))]
+    drawn = outputs.comparisons(validation.data, validation.records, min(4, config.eval.pictures))
+    pictures = [picture for _, picture in drawn]
     if pictures:
         log.picture("detections", draw.grid(pictures, columns=2), step)
 
@@ -149,12 +151,15 @@ def _finish(model, config, folder, test_set, began):
     if config.eval.keep == "best" and folder.best():
         load_weights(model, folder.best_weights)
         print("The best weights were those of step {step}, AP {AP:.3f}".format(**folder.best()))
-    out = folder.evaluation(config.data.test_split or config.data.val_split)
-    found = evaluator.detect_split(model.detect, test_set, config)
-    metrics = evaluator.evaluate_to(out, found, test_set, config.eval.pictures)
+    split, speed = config.data.test_split or config.data.val_split, {}
+    out = folder.evaluation(split)
+    records = outputs.collect(evaluator.detect_split(model, test_set, config, speed=speed), test_set)
+    about = {"model": folder.path.name, "weights": str(folder.path)}
+    metrics = outputs.write(out, records, test_set, config, split, about=about, speed=evaluator.milliseconds(speed))
     curves.training_curves(folder.log_rows(), folder.curves_file)
     export_dir = export_model(model, config, folder.export, version=1)
-    print(f"\n{evaluation.format_metrics(metrics)}\n")
+    if metrics:
+        print(f"\n{evaluation.format_metrics(metrics)}\n")
     _summarise(folder, out, export_dir, began)
     return metrics
 
@@ -163,7 +168,8 @@ def _summarise(folder, out, export_dir, began):
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1024
     rows = {
-        "metrics": out / "metrics.json", "results": out / "results.json", "pictures": out / "pictures" / "grid.png",
+        "metrics": out / "metrics.json", "report": out / "report.html", "results": out / "results.json",
+        "pictures": out / "pictures" / "grid.png",
         "training curves": folder.curves_file, "log": folder.log_file, "TensorBoard": folder.tensorboard,
         "checkpoints": folder.checkpoints, "SavedModel": export_dir,
     }  # fmt: skip
