@@ -14,7 +14,7 @@ import numpy as np
 
 SETTINGS = {
     "replicas": 1, "norm": "frozen", "normalizer": "image", "jit": True, "steps": 10, "width": 16, "fpn_channels": 32,
-    "head_depth": 1, "dump": None,
+    "head_depth": 1, "learning_rate": 0.02, "dump": None,
 }  # fmt: skip
 
 
@@ -53,7 +53,9 @@ def main(settings, out):
     RetinaNet.loss_terms = counting
     strategy = strategies.make(StrategyConfig(kind="mirrored", replicas=settings["replicas"]), 16)
     # The rate drops and the gradient is clipped on the way.
-    train = TrainConfig(learning_rate=0.02, warmup=2, drops=(7,), clip_norm=1.0, iterations=settings["steps"])
+    train = TrainConfig(
+        learning_rate=settings["learning_rate"], warmup=2, drops=(7,), clip_norm=1.0, iterations=settings["steps"]
+    )
     keras.utils.set_random_seed(0)
     with strategy.scope():
         model = RetinaNet(

@@ -138,9 +138,13 @@ def free_addresses(count):
 
 @pytest.mark.slow
 def test_two_workers_train_as_one_process_and_survive_the_loss_of_one(tmp_path):
-    """With SGD: AdamW, which divides by the size of gradients, makes as much of rounding errors as of gradients."""
-    settings = [*SMALL, "train.iterations=60", "train.checkpoint_every=10", "eval.every=30"]
-    settings += ["train.optimizer=sgd", "train.learning_rate=0.05", "train.reference_batch=null"]
+    """With SGD at the paper's rate, for as many steps as rounding errors take to grow a hundredfold.
+
+    AdamW divides by the size of gradients and so makes as much of rounding errors as of gradients; and a training from
+    random weights that goes on for long is chaotic: at this rate differences of 1e-7 are 1e-3 after 50 steps.
+    """
+    settings = [*SMALL, "train.iterations=30", "train.checkpoint_every=10", "eval.every=15"]
+    settings += ["train.optimizer=sgd", "train.learning_rate=0.01", "train.reference_batch=null"]
     finish(tmp_path / "one", tmp_path / "data", *settings)
     workdir = tmp_path / "two"
 

@@ -59,7 +59,8 @@ def test_each_replica_traces_once_and_xla_compiles_each_shape_once_for_it(tmp_pa
 @pytest.mark.parametrize("normalizer", ["image", "minibatch"])
 @pytest.mark.parametrize("norm", ["frozen", "group"])
 def test_eight_replicas_under_xla_train_as_one(tmp_path, norm, normalizer):
-    check_equal(tmp_path, 8, norm=norm, normalizer=normalizer, width=64, fpn_channels=64, head_depth=2)
+    sizes = {"width": 64, "fpn_channels": 64, "head_depth": 2, "learning_rate": 0.05}
+    check_equal(tmp_path, 8, norm=norm, normalizer=normalizer, **sizes)
 
 
 @pytest.mark.slow

@@ -101,9 +101,9 @@ def _not_finite(stream, model, config, folder, step, newest):
 
 def _cause(error):
     """Keras puts the place before the cause."""
-    lines = [
-        line for line in error.message.split("\n") if line.strip() and not line.startswith(("Graph exec", "Detected"))
-    ]
+    places = ("Graph exec", "Detected", "File ")
+    lines = [line.strip() for line in error.message.split("\n")]
+    lines = [line for line in lines if line and not line.startswith(places)]
     return lines[0].split("}} ")[-1].split(" [[")[0].strip() if lines else type(error).__name__
 
 
