@@ -103,7 +103,7 @@ def _from_2014(config, name):
     """The annotation file of train2017 or val2017 put together from those of 2014, newer than all of them."""
     files = {year: own_file(config, year) for year in ("train2014", "val2014")}
     detectron, official = own_file(config, "minival2014"), own_file(config, "val2017")
-    ids_file = official if official.is_file() else detectron
+    ids_file = detectron if detectron.is_file() and not official.is_file() else official
     needed = [files["val2014"], ids_file, *([files["train2014"]] if name == "train2017" else [])]
     missing = [str(file) for file in needed if not file.is_file()]
     if missing:

@@ -1,23 +1,14 @@
-"""Detections against ground truth: COCO's results format and its 12 numbers, by pycocotools.
+"""Detections against ground truth: COCO's 12 numbers, and what tells where they come from."""
 
-Boxes are absolute `x1, y1, x2, y2` everywhere else; they become COCO's `x, y, width, height` here and nowhere else.
-"""
-
-import collections
-import contextlib
-import io
 import json
-import math
-import numbers
-import os
-from pathlib import Path
+import re
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from retinanet_keras.data import coco
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.results import files, matching, scoring
+from retinanet_keras.results.records import Records
+from retinanet_keras.results.scoring import ALL, LARGE, MEDIUM, SMALL
+from retinanet_keras.results.truth import read
 
 MEANINGS = {
     "AP": "average precision, mean over IoU 0.50:0.95",
@@ -34,103 +25,87 @@ MEANINGS = {
     "ARl": "average recall, large objects",
 }
 METRICS = tuple(MEANINGS)  # in the order of pycocotools' stats
+LIBRARIES = {"pycocotools": scoring.pycocotools, "hotcoco": scoring.hotcoco}  # the choices of eval.library
+IOUS = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.50:0.95": slice(None)}  # of the curves: places of the 10 IoUs
+AREAS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
+CURVE_DIGITS = 5
 
 
 def to_results(image_id, boxes, scores, labels, categories):
-    """One image's detections in COCO's results format.
-
-    Args:
-        image_id: the image's id in the annotations.
-        boxes: [N, 4] absolute x1, y1, x2, y2 in pixels of the original image.
-        scores: [N].
-        labels: [N] in 0..K-1; rows of label -1, the padding of `model.detect`, are left out.
-        categories: data.coco.Categories.
-
-    Returns:
-        a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, plain ints and floats. A float
-        is the shortest decimal that names its float32, so JSON stays small and nothing is rounded.
-
-    Raises:
-        DataError: for a label without a category, and for boxes or scores that are not finite.
-    """
-    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)  # [N, 4]
-    scores = np.asarray(scores, np.float32).reshape(-1)  # [N]
-    labels = np.asarray(labels).astype(np.int64).reshape(-1)  # [N]
-    if not len(boxes) == len(scores) == len(labels):
-        raise DataError(
-            f"Image {image_id!r}: expected as many boxes as scores and labels, "
-            f"got {len(boxes)}, {len(scores)} and {len(labels)}"
-        )
-    kept = labels >= 0
-    boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
-    if labels.size and labels.max() >= len(categories.ids):
-        raise DataError(
-            f"Image {image_id!r}: a detection has label {labels.max()}, but the {len(categories.ids)} categories are "
-            f"labels 0 to {len(categories.ids) - 1}. Were the weights trained on another set of categories?"
-        )
-    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-        raise DataError(f"Image {image_id!r}: a detection's box or score is not finite. Did the training diverge?")
-    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)  # [N, 4]
-    if isinstance(image_id, np.generic):
-        image_id = image_id.item()
-    return [
-        {
-            "image_id": image_id,
-            "category_id": int(categories.ids[label]),
-            "bbox": [float(str(value)) for value in box],  # str: float(value) would write 17 digits
-            "score": float(str(score)),
-        }
-        for box, score, label in zip(xywh, scores, labels, strict=True)
-    ]
+    """One image's detections as dicts in COCO's results format; arguments and errors are those of `Records.append`."""
+    records = Records()
+    records.append(image_id, boxes, scores, labels, categories)
+    return records.to_list()
 
 
-def coco_metrics(annotations, results, *, image_ids=None):
-    """COCO's 12 bounding-box numbers, and three per class.
+def coco_metrics(annotations, results, *, image_ids=None, library="pycocotools"):
+    """COCO's 12 bounding-box numbers, and the same for each class, with curves, scores and the images at both ends.
 
     Args:
         annotations: a path to COCO's annotation JSON, or its dict (left as it is). `id`, `area` and `iscrowd` of an
             annotation may be missing.
-        results: a list of dicts in COCO's results format, or a path to its JSON.
+        results: Records, a list of dicts in COCO's results format, or a path to its JSON.
         image_ids: the images to evaluate; all of the annotations' by default.
+        library: "pycocotools", or "hotcoco", which gives the same numbers in a fraction of the time.
 
     Returns:
-        {name: number for METRICS, "per_class": {class: {"AP", "AP50", "AR100", "ground_truth"}}}; a number is None
-        where there is no ground truth to tell it from. `ground_truth` counts the objects that are no crowd.
+        a JSON-able dict; a number is None where there is no ground truth to tell it from:
+        {
+            name: number, for METRICS;
+            "per_class": {class: {name: number, for METRICS; "ground_truth": objects that are no crowd; "detections"}};
+            "counts": {"images", "objects", "small", "medium", "large", "crowds", "detections"};
+            "curves": {"recall": [101], "all": {"0.50", "0.75", "0.50:0.95": precision [101]}, "per_class": {class: the
+                same, or None}};
+            "scores": of `matching.histogram`; "images": of `matching.rank_images`.
+        }
 
     Raises:
         DataError: naming what is malformed or unknown.
     """
-    truth, images, categories = _ground_truth(annotations)
-    detections = _detections(results, images, categories)
+    truth = read(annotations)
+    records = results if isinstance(results, Records) else Records.from_json(results)
+    detections = _of_truth(records, truth)
     if image_ids is None:
-        chosen = sorted(images.values())
+        images = np.array(sorted(truth.images.values()), np.int64)
     else:
-        image_ids = [i.item() if isinstance(i, np.generic) else i for i in image_ids]
-        _check_known(image_ids, images, "image_ids", "image id")
-        chosen = sorted({images[i] for i in image_ids})
+        ids = [i.item() if isinstance(i, np.generic) else i for i in image_ids]
+        files.check_known(files.count(ids, "image_ids", "image id"), truth.images, "image_ids", "image id")
+        images = np.array(sorted({truth.images[i] for i in ids}), np.int64)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and its table
-        evaluation = COCOeval(_index(images, categories, truth), _index(images, categories, detections), "bbox")
-        evaluation.params.imgIds = chosen
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics = {name: float(v) if v > -1 else None for name, v in zip(METRICS, evaluation.stats, strict=True)}
-
-    chosen = set(chosen)
-    counts = collections.Counter(t["category_id"] for t in truth if t["image_id"] in chosen and not t["iscrowd"])
-    # [10 IoUs, 101 recalls, K] and [10 IoUs, K], at all areas and 100 detections
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    recall = evaluation.eval["recall"][:, :, 0, -1]
+    precision, recall = LIBRARIES[library](truth, detections, images)
+    stats = scoring.twelve(precision, recall)
+    metrics = {name: float(v) if v > -1 else None for name, v in zip(METRICS, stats, strict=True)}
+    counted = ~truth.crowd & np.isin(truth.image, images)
+    evaluated = np.isin(detections[0], images)
+    objects, found = (
+        np.bincount(column, minlength=len(truth.names)).tolist()
+        for column in (truth.category[counted], detections[1][evaluated])
+    )
     metrics["per_class"] = {
         name: {
-            "AP": _mean(precision[:, :, k]),
-            "AP50": _mean(precision[0, :, k]),
-            "AR100": _mean(recall[:, k]),
-            "ground_truth": counts[k],
+            **_twelve_of_class(precision[:, :, k], recall[:, k]),
+            "ground_truth": objects[k],
+            "detections": found[k],
         }
-        for k, name in enumerate(_class_names(categories))
+        for k, name in enumerate(truth.names)
     }
+    sizes = {name: np.array(scoring.PARAMS.areaRng[place]) for name, place in AREAS.items()}
+    metrics["counts"] = {
+        "images": len(images),
+        "objects": int(counted.sum()),
+        # An object on the border counts as both sizes, as it does for pycocotools.
+        **{n: int((counted & (truth.area >= low) & (truth.area <= high)).sum()) for n, (low, high) in sizes.items()},
+        "crowds": int((truth.crowd & np.isin(truth.image, images)).sum()),
+        "detections": int(evaluated.sum()),
+    }
+    metrics["curves"] = {
+        "recall": scoring.PARAMS.recThrs.round(2).tolist(),
+        "all": _curves(precision[:, :, :, ALL, -1]),
+        "per_class": {name: _curves(precision[:, :, k : k + 1, ALL, -1]) for k, name in enumerate(truth.names)},
+    }
+    verdicts = matching.match(truth, detections, images)
+    metrics["scores"] = matching.histogram(detections[3], verdicts)
+    metrics["images"] = matching.rank_images(truth, detections, verdicts, images, list(truth.images))
     return metrics
 
 
@@ -151,179 +126,51 @@ def format_metrics(metrics):
 
 def write_metrics(path, metrics):
     """Write `coco_metrics`' dict as JSON; the earlier file stays whole until the new one is complete."""
-    _write_atomically(path, json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False)
+    with files.replacing(path) as file:
+        # A curve is one line. Quotes cannot be in it, and a line break cannot be in a string.
+        file.write(re.sub(r"\[\n[^\[\]{}\"]+\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def write_results(path, results):
-    """Write detections in COCO's results format as JSON; the earlier file stays whole until the new one is complete."""
-    _write_atomically(path, json.dumps(results, separators=(",", ":"), allow_nan=False))
+    """Write Records, or COCO's results as dicts, as JSON; the earlier file stays whole until the new one is complete."""
+    if isinstance(results, Records):
+        return results.write(path)
+    with files.replacing(path) as file:
+        file.write(json.dumps(results, separators=(",", ":"), allow_nan=False))
 
 
-def _ground_truth(annotations):
-    """(annotations as pycocotools needs them, {image id: index}, {category id: (index, name)}).
-
-    Images and categories are numbered in the order of their ids, which leaves pycocotools' order and so its treatment
-    of equal scores as it is. Annotations are numbered from 1: it takes a match with annotation 0 for no match.
-    """
-    where = "The annotations"
-    if not isinstance(annotations, dict):
-        where, annotations = str(annotations), coco.read(annotations)
-    lists = {key: annotations.get(key) for key in ("images", "annotations", "categories")}
-    lists["annotations"] = lists["annotations"] or []  # absent in test-dev's
-    for key, value in lists.items():
-        if not isinstance(value, list):
-            raise DataError(f"{where}: expected a list under {key!r}, got {_kind(value)}")
-    images = _numbered(lists["images"], f"{where}, images")
-    categories = _numbered(lists["categories"], f"{where}, categories")
-    names = {c["id"]: str(c.get("name", c["id"])) for c in lists["categories"]}
-    _check_entries(lists["annotations"], ("image_id", "category_id", "bbox"), f"{where}, annotations")
-    _check_known([a["image_id"] for a in lists["annotations"]], images, f"{where}, annotations", "image id")
-    _check_known([a["category_id"] for a in lists["annotations"]], categories, f"{where}, annotations", "category id")
-    truth = [
-        {
-            "id": number,
-            "image_id": images[a["image_id"]],
-            "category_id": categories[a["category_id"]],
-            "bbox": a["bbox"],
-            "area": a["area"] if _finite(a.get("area")) else a["bbox"][2] * a["bbox"][3],
-            "iscrowd": int(bool(a.get("iscrowd"))),
-        }
-        for number, a in enumerate(lists["annotations"], 1)
-        if all(map(_finite, a["bbox"]))  # as `coco.load`; boxes without area count as pycocotools counts them
-    ]
-    return truth, images, {key: (index, names[key]) for key, index in categories.items()}
+def _of_truth(records, truth):
+    """`records.columns()` with the truth's numbers of images and categories, or a DataError for unknown ones."""
+    image, category, boxes, scores = records.columns()
+    columns = []
+    for numbers, ids, known, what in (
+        (image, records.image_ids, truth.images, "image id"),
+        (category, records.category_ids, truth.categories, "category id"),
+    ):
+        times = np.bincount(numbers, minlength=len(ids)).tolist()
+        files.check_known(dict(zip(ids, times, strict=True)), known, records.source, what)
+        columns.append(np.array([known[i] for i in ids], np.int64)[numbers])
+    return *columns, boxes, scores
 
 
-def _detections(results, images, categories):
-    """Results as pycocotools' `loadRes` would make them; it fails on an empty list and writes into its argument."""
-    where = "The results"
-    if isinstance(results, (str, os.PathLike)):
-        where, results = str(results), _read_json(results)
-    if not isinstance(results, (list, tuple)):
-        raise DataError(
-            f"{where}: expected a list of detections, each with image_id, category_id, bbox and score, "
-            f"got {_kind(results)}"
-        )
-    _check_entries(results, ("image_id", "category_id", "bbox", "score"), where)
-    for position, r in enumerate(results):
-        if not (all(map(_finite, r["bbox"])) and min(r["bbox"][2:]) >= 0):
-            raise DataError(
-                f"{where}: entry {position}: expected bbox as x, y, width, height, finite and without a negative size, "
-                f"got {r['bbox']!r}"
-            )
-        if not _finite(r["score"]):
-            raise DataError(f"{where}: entry {position}: expected score as a finite number, got {r['score']!r}")
-    _check_known([r["image_id"] for r in results], images, where, "image id")
-    _check_known([r["category_id"] for r in results], categories, where, "category id")
-    return [
-        {
-            "id": number,
-            "image_id": images[r["image_id"]],
-            "category_id": categories[r["category_id"]][0],
-            "bbox": r["bbox"],
-            "area": r["bbox"][2] * r["bbox"][3],
-            "iscrowd": 0,
-            "score": r["score"],
-        }
-        for number, r in enumerate(results, 1)
-    ]
+def _twelve_of_class(precision, recall):
+    """{name of METRICS: number} of one class: precision [10, 101, 4, 3], recall [10, 4, 3]."""
+    values = (
+        precision[:, :, ALL, -1], precision[0, :, ALL, -1], precision[5, :, ALL, -1],
+        precision[:, :, SMALL, -1], precision[:, :, MEDIUM, -1], precision[:, :, LARGE, -1],
+        recall[:, ALL, 0], recall[:, ALL, 1], recall[:, ALL, 2],
+        recall[:, SMALL, -1], recall[:, MEDIUM, -1], recall[:, LARGE, -1],
+    )  # fmt: skip
+    return {name: _mean(v) for name, v in zip(METRICS, values, strict=True)}
 
 
-def _index(images, categories, annotations):
-    """pycocotools' COCO object of these annotations."""
-    index = COCO()
-    index.dataset = {
-        "images": [{"id": image} for image in images.values()],
-        "categories": [{"id": category} for category, _ in categories.values()],
-        "annotations": annotations,
-    }
-    index.createIndex()
-    return index
-
-
-def _numbered(entries, where):
-    """{id: its place in the order of ids} of a list of dicts."""
-    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
-    odd = sum(not (_is_number(i) or isinstance(i, str)) for i in ids)
-    if odd:
-        raise DataError(f"{where}: expected objects with a number or string as `id`, got {odd} without")
-    double = [i for i, count in collections.Counter(ids).items() if count > 1]
-    if double:
-        raise DataError(f"{where}: expected each id once, {len(double)} come more often, such as {double[0]!r}")
-    return {key: index for index, key in enumerate(sorted(ids, key=lambda i: (isinstance(i, str), i)))}
-
-
-def _check_entries(entries, keys, where):
-    """Every entry is a dict with these keys, `bbox` a list of four numbers."""
-    for position, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise DataError(f"{where}: entry {position}: expected an object, got {_kind(entry)}")
-        missing = [key for key in keys if key not in entry]
-        if missing:
-            raise DataError(f"{where}: entry {position} lacks {', '.join(missing)}")
-        box = entry["bbox"]
-        if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_number, box))):
-            raise DataError(f"{where}: entry {position}: expected bbox as a list of four numbers, got {box!r}")
-
-
-def _check_known(ids, known, where, what):
-    """Every id is known, or a DataError says which are not and how many."""
-    try:
-        unknown = collections.Counter(i for i in ids if i not in known)
-    except TypeError:  # a list or dict as id
-        raise DataError(f"{where}: expected each {what} as a number or string") from None
-    if unknown:
-        shown = ", ".join(repr(i) for i in list(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
-        have = f"such as {next(iter(known))!r}" if known else "none at all"
-        raise DataError(
-            f"{where}: {sum(unknown.values())} of {len(ids)} entries have an unknown {what}: {shown} "
-            f"({len(unknown)} in all). The annotations have {len(known)}, {have}. Do both belong to one split?"
-        )
-
-
-def _class_names(categories):
-    """Names in the order of ids; names that come twice get the category id."""
-    times = collections.Counter(name for _, name in categories.values())
-    taken = []
-    for key, (_, name) in categories.items():
-        if times[name] > 1:
-            name = f"{name} (id {key})"
-        while name in taken:
-            name += "'"
-        taken.append(name)
-    return taken
-
-
-def _write_atomically(path, text):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same disk, so that replacing is one step
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path} is not JSON: {error}") from None
-
-
-def _finite(value):
-    return _is_number(value) and math.isfinite(value)
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _kind(value):
-    return "nothing" if value is None else type(value).__name__
+def _curves(precision):
+    """{IoU: precision at the 101 recalls, mean over the IoUs and classes} of [10, 101, k], or None without objects."""
+    precision = precision[:, :, (precision > -1).all(axis=(0, 1))]
+    if not precision.size:
+        return None
+    return {name: precision[places].mean(axis=(0, 2)).round(CURVE_DIGITS).tolist() for name, places in IOUS.items()}
 
 
 def _mean(values):

@@ -1,0 +1,100 @@
+"""JSON in COCO's formats: read, checked entry by entry, written whole or not at all."""
+
+import collections
+import contextlib
+import json
+import math
+import numbers
+import os
+from pathlib import Path
+
+from retinanet_keras.data.coco import DataError
+
+
+def read_json(path):
+    """The tree of a JSON file, or a DataError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{path} is not JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A text file to write into that takes the path's place at the end; after an error the earlier file stays."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same disk, so that replacing is one step
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_entries(entries, keys, where):
+    """Every entry is a dict with these keys, `bbox` a list of four numbers."""
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(f"{where}: entry {position}: expected an object, got {kind(entry)}")
+        missing = [key for key in keys if key not in entry]
+        if missing:
+            raise DataError(f"{where}: entry {position} lacks {', '.join(missing)}")
+        box = entry["bbox"]
+        if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_number, box))):
+            raise DataError(f"{where}: entry {position}: expected bbox as a list of four numbers, got {box!r}")
+
+
+def check_known(times, known, where, what):
+    """Every id is known, or a DataError says which are not and how many entries have them.
+
+    Args:
+        times: {id: entries that have it}.
+        known: the ids that there are.
+    """
+    unknown = {key: count for key, count in times.items() if key not in known}
+    if unknown:
+        shown = ", ".join(repr(i) for i in list(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
+        have = f"such as {next(iter(known))!r}" if known else "none at all"
+        raise DataError(
+            f"{where}: {sum(unknown.values())} of {sum(times.values())} entries have an unknown {what}: {shown} "
+            f"({len(unknown)} in all). The annotations have {len(known)}, {have}. Do both belong to one split?"
+        )
+
+
+def count(ids, where, what):
+    """{id: how often it comes}, in the order of first appearance, or a DataError where one can be no id."""
+    try:
+        return collections.Counter(ids)
+    except TypeError:  # a list or dict as id
+        raise DataError(f"{where}: expected each {what} as a number or string") from None
+
+
+def numbered(entries, where):
+    """{id: its place in the order of ids} of a list of dicts."""
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
+    odd = sum(not (is_number(i) or isinstance(i, str)) for i in ids)
+    if odd:
+        raise DataError(f"{where}: expected objects with a number or string as `id`, got {odd} without")
+    double = [i for i, times in collections.Counter(ids).items() if times > 1]
+    if double:
+        raise DataError(f"{where}: expected each id once, {len(double)} come more often, such as {double[0]!r}")
+    return {key: index for index, key in enumerate(sorted(ids, key=lambda i: (isinstance(i, str), i)))}
+
+
+def finite(value):
+    try:
+        return is_number(value) and math.isfinite(value)
+    except OverflowError:  # JSON's whole numbers have no largest
+        return False
+
+
+def is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def kind(value):
+    return "nothing" if value is None else type(value).__name__
