@@ -100,7 +100,9 @@ def ours(folder, library):
     metrics = evaluation.coco_metrics(folder / "truth.json", folder / "results.json", library=library)
     evaluation.write_metrics(folder / "metrics.json", metrics)
     ended = time.perf_counter()
-    print(f"{library}: {written - began:.1f} s to results.json, {ended - written:.1f} s to metrics.json", file=sys.stderr)
+    print(
+        f"{library}: {written - began:.1f} s to results.json, {ended - written:.1f} s to metrics.json", file=sys.stderr
+    )
     return ended - began, [metrics[name] for name in evaluation.METRICS]
 
 

@@ -65,10 +65,13 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
     about = {"model": Path(export or weights or workdir).name, "weights": str(export or weights or workdir)}
     records = outputs.collect(found, dataset)
     milliseconds = evaluator.milliseconds(speed)
-    metrics = outputs.write(out, records, dataset, settings, split, about=about, speed=milliseconds)
+    metrics = outputs.write(out, records, dataset, settings, split, about, milliseconds)
     unfinished.finish()
     if milliseconds:
-        print("milliseconds an image:", ", ".join(f"{part} {value:.1f}" for part, value in milliseconds.items()))
+        parts = (
+            f"{part.replace('_', '-')} {milliseconds[part]:.1f}" for part in evaluator.PARTS if part in milliseconds
+        )
+        print(f"milliseconds an image: {', '.join(parts)}")
     _told(metrics)
     print(f"\nwritten to {out}" + ("" if metrics else ": the .zip is what COCO's server takes"))
     return metrics

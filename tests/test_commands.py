@@ -15,6 +15,7 @@ from retinanet_keras import commands
 from retinanet_keras.config import DetectionConfig
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.errors import UserError
+from retinanet_keras.evaluate import evaluate
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError
@@ -77,14 +78,14 @@ def test_config_lists_every_setting():
 
 
 def test_evaluate_scores_the_run_as_training_did(finished, run_copy):
-    metrics = commands.evaluate("configs/unused.json", workdir=run_copy)
+    metrics = evaluate("configs/unused.json", workdir=run_copy)
     assert metrics == finished[1]
     assert json.loads((run_copy / "eval/val/metrics.json").read_text()) == metrics
 
 
 def test_evaluate_an_export_and_a_results_file_give_the_runs_numbers(finished, run_copy):
-    of_export = commands.evaluate("configs/unused.json", workdir=run_copy, export=run_copy / "export")
-    of_file = commands.evaluate("configs/unused.json", workdir=run_copy, results=run_copy / "eval/val/results.json")
+    of_export = evaluate("configs/unused.json", workdir=run_copy, export=run_copy / "export")
+    of_file = evaluate("configs/unused.json", workdir=run_copy, results=run_copy / "eval/val/results.json")
     for name in METRICS:
         expected = finished[1][name]
         assert of_export[name] == (expected if expected is None else pytest.approx(expected, abs=1e-3))
@@ -98,24 +99,24 @@ def test_evaluate_weights_from_files(finished, run_copy):
     model.save(run_copy / "model.keras")
     model.save_weights(run_copy / "model.weights.h5")
     for name in ("model.keras", "model.weights.h5"):
-        assert commands.evaluate("configs/unused.json", workdir=run_copy, weights=run_copy / name) == finished[1]
+        assert evaluate("configs/unused.json", workdir=run_copy, weights=run_copy / name) == finished[1]
 
 
 def test_evaluate_refuses_what_does_not_fit(run_copy):
     with pytest.raises(DataError, match="there is no file"):
-        commands.evaluate("c.json", workdir=run_copy, weights=run_copy / "none.keras")
+        evaluate("c.json", workdir=run_copy, weights=run_copy / "none.keras")
     (run_copy / "bad.weights.h5").write_text("no weights")
     with pytest.raises(DataError, match="does not fit"):
-        commands.evaluate("c.json", workdir=run_copy, weights=run_copy / "bad.weights.h5")
+        evaluate("c.json", workdir=run_copy, weights=run_copy / "bad.weights.h5")
     categories = json.loads((run_copy / "categories.json").read_text())
     categories[0]["name"] = "mushroom"
     (run_copy / "categories.json").write_text(json.dumps(categories))
     with pytest.raises(DataError, match="mushroom"):
-        commands.evaluate("c.json", workdir=run_copy)
+        evaluate("c.json", workdir=run_copy)
     with pytest.raises(RunError, match="There is no run"):
-        commands.evaluate("c.json", workdir=run_copy / "nowhere")
+        evaluate("c.json", workdir=run_copy / "nowhere")
     with pytest.raises(UserError, match="instances_moon.json"):
-        commands.evaluate("c.json", workdir=run_copy, split="moon", export=run_copy / "export")
+        evaluate("c.json", workdir=run_copy, split="moon", export=run_copy / "export")
 
 
 def test_export_makes_the_next_version(run_copy, tmp_path, capsys):

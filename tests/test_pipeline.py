@@ -80,8 +80,9 @@ def test_to_original_is_the_inverse_of_the_resize():
 
 def test_inference_batches_hold_one_canvas_each_and_every_image_once(dataset):
     seen = {}
-    for images, info in pipeline.inference_batches(dataset, PLAIN, batch_size=2):
-        assert len(images) <= 2
+    plan = pipeline.inference_plan(dataset.sizes, 2, PLAIN)
+    for indices, (images, info) in zip(plan, pipeline.inference_batches(dataset, plan, PLAIN), strict=True):
+        assert len(images) <= 2 and info["image_id"].numpy().tolist() == dataset.image_ids[indices].tolist()
         for i, image_id in enumerate(info["image_id"].numpy()):
             seen[image_id] = images.shape[1:3], tuple(info["size"][i].numpy()), tuple(info["original_size"][i].numpy())
     assert set(seen) == set(dataset.image_ids)

@@ -360,9 +360,9 @@ def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config,
     dataset = sources.open_split(tiny_config(data).data, "val")
     settings, model = load_run(finished[0].path)
     with pytest.raises(DataError, match=r"val_000001.jpg is \d+x\d+ .* its annotation says"):
-        list(evaluator.detect_split(model.detect, dataset, settings))
+        list(evaluator.detect_split(model, dataset, settings))
     with pytest.raises(DataError, match=r"val_000001.jpg is"):
-        list(evaluator.detect_split_one_by_one(detector.of_model(model, settings.data), dataset))
+        list(evaluator.detect_split_by_export(detector.of_model(model, settings.data), dataset, settings))
 
 
 def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):

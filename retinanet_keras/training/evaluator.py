@@ -1,6 +1,5 @@
 """A detector over a split: what it finds, batch by batch, and what is written of it."""
 
-import collections
 import contextlib
 import functools
 import hashlib
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from retinanet_keras.data import coco, pipeline, sources
 
-PARTS = ("input", "network", "post-processing")  # of the time of an image
+PARTS = ("input", "network", "post_processing")  # of the time of an image
 
 
 def detect_split(model, dataset, config, **how):
@@ -62,7 +61,8 @@ def _run(compute, dataset, plan, *, label="Evaluating", unfinished=None, speed=N
                 if unfinished:
                     unfinished.add(batch)
                 if speed is not None and seconds:
-                    collections.Counter.update(speed, {"images": len(batch), **seconds})
+                    for key, value in {"images": len(batch), **seconds}.items():
+                        speed[key] = speed.get(key, 0) + value
                 yield from batch
                 bar.update(len(batch))
 
@@ -101,12 +101,12 @@ def _by_model(model, dataset, data, plan):
             local[:, :1].numpy()  # waits
         clock.lap("network")
         results = take(decode(outputs, images, sizes))
-        clock.lap("post-processing")
+        clock.lap("post_processing")
         seconds = clock.restart()
-        for number, ((_, about), found) in enumerate(zip(group, results, strict=False)):
+        for (_, about), found in zip(group, results, strict=False):  # fewer at the end
             boxes = pipeline.to_original(found["boxes"], about["scale"], about["original_size"]).numpy()
             batch = _images(about["image_id"].numpy(), {**found, "boxes": boxes}, found["count"])
-            yield batch, seconds if number == 0 and shapes in seen else {}
+            yield batch, {part: value / len(group) for part, value in seconds.items()} if shapes in seen else {}
         seen.add(shapes)
 
 
@@ -146,10 +146,11 @@ def _images(ids, found, counts):
 
 
 def milliseconds(speed):
-    """{part: milliseconds an image} of what `detect_split` measured; None where it was too little to tell."""
+    """What `detect_split` measured, as `report.write_report` takes it; None where it was too little to tell."""
     if not speed.get("images"):
         return None
-    return {part: 1000 * speed[part] / speed["images"] for part in PARTS if part in speed}
+    parts = {part: 1000 * speed[part] / speed["images"] for part in PARTS if part in speed}
+    return {**parts, "images_per_second": 1000 / sum(parts.values())}
 
 
 def identity(dataset, config, weights):

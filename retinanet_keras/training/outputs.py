@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from retinanet_keras.data import sources
-from retinanet_keras.results import draw, evaluation
+from retinanet_keras.results import draw, evaluation, report
 from retinanet_keras.results.records import Records
 from retinanet_keras.training.folder import RunError
 
 SHOWN_SCORE = 0.3  # detections drawn
-EXTREMES = 6  # best and worst images in the report, of each
 
 
 def collect(found, dataset):
@@ -30,15 +29,15 @@ def score(records, dataset, config):
     )
 
 
-def write(folder, records, dataset, config, split, *, about=None, speed=None):
+def write(folder, records, dataset, config, split, about, speed=None):
     """Score, and write results.json, metrics.json, report.html and pictures; without labels, what a server takes.
 
     Args:
         folder: a path, made where it does not exist.
         records: Records.
         split: its name, for the report and the submission.
-        about: {what: text}, for the report.
-        speed: {part: milliseconds an image}, or None.
+        about: {"model": its name, ...: further text for the report}.
+        speed: as of `evaluator.milliseconds`.
 
     Returns:
         the metrics; None where the dataset has no labels.
@@ -88,22 +87,19 @@ def _draw_pictures(folder, dataset, records, count):
 def _write_report(path, records, dataset, config, split, metrics, about, speed):
     place = {int(image_id): i for i, image_id in enumerate(dataset.image_ids)}
     ranked = metrics["images"]
-
-    def pictures(end):
-        for row in ranked[end][:EXTREMES]:
-            caption = "image {image_id}: {found} found, {missed} missed, {false} false".format(**row)
-            yield caption, _compare(dataset, records, place[row["image_id"]], ranked["min_score"])
-
-    report.write_report(
-        path, metrics, split=split, about={**(about or {}), "library": config.eval.library}, speed=speed,
-        best=list(pictures("best")), worst=list(pictures("worst")),
-    )  # fmt: skip
+    best, worst = (
+        [(report.caption(row), _compare(dataset, records, place[row["image_id"]], ranked["min_score"])) for row in rows]
+        for rows in (ranked["best"], ranked["worst"])
+    )
+    about = {**about, "split": split, "annotations": dataset.annotation_file, "scored by": config.eval.library}
+    title = f"{about['model']} on {split}"
+    report.write_report(path, metrics, title=title, about=about, speed=speed, best=best, worst=worst)
 
 
 def _write_submission(folder, dataset, about):
     """The zip file as COCO's server asks for it: detections_[testset]_[alg]_results.zip with a .json of that name."""
     testset = re.sub(r"^image_info_", "", Path(dataset.annotation_file).stem)
-    algorithm = re.sub(r"[^A-Za-z0-9-]+", "-", (about or {}).get("model", "retinanet")).strip("-") or "retinanet"
+    algorithm = re.sub(r"[^A-Za-z0-9-]+", "-", about["model"]).strip("-") or "retinanet"
     name = f"detections_{testset}_{algorithm}_results"
     partial = folder / f".{name}.zip.partial"
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -155,7 +155,7 @@ def _finish(model, config, folder, test_set, began):
     out = folder.evaluation(split)
     records = outputs.collect(evaluator.detect_split(model, test_set, config, speed=speed), test_set)
     about = {"model": folder.path.name, "weights": str(folder.path)}
-    metrics = outputs.write(out, records, test_set, config, split, about=about, speed=evaluator.milliseconds(speed))
+    metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed))
     curves.training_curves(folder.log_rows(), folder.curves_file)
     export_dir = export_model(model, config, folder.export, version=1)
     if metrics:
