@@ -115,9 +115,12 @@ def test_equals_pycocotools(seed, image_ids):
     assert never.pop("detections") > 0 and never == {**dict.fromkeys(METRICS), "ground_truth": 0}
 
 
-def test_prints_nothing(capsys):
-    coco_metrics(truth([(1, 1, 0, 0, 10, 10)]), [])
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("library", evaluation.LIBRARIES)
+def test_prints_nothing(capfd, recwarn, library):
+    coco_metrics(truth([(1, 1, 0, 0, 10, 10)]), [], library=library)
+    coco_metrics(*random_case(0), library=library)
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_detections_is_ap_0():
@@ -520,6 +523,14 @@ def test_matches_are_pycocotools(crowd_of_cases):
             expected[rows] = np.where(found_here["dtIgnore"][0], matching.IGNORED, found_here["dtMatches"][0] > 0)
     assert (verdicts == expected).all()
     assert all((verdicts == kind).sum() > 100 for kind in (matching.MATCHED, matching.UNMATCHED, matching.IGNORED))
+
+
+def test_of_objects_equally_near_the_last_is_taken():
+    a, b = (1, 1, 0, 0, 100, 100), (1, 1, 40, 0, 100, 100)
+    results = found((1, 1, 20, 0, 100, 100, 0.9), (*b, 0.8))  # 2/3 of both; then all of b and 0.43 of a
+    for order, matched, ap50 in (((a, b), 1, 51 / 101), ((b, a), 2, 1.0)):
+        metrics = coco_metrics(truth(order), results)  # pycocotools does so: AP50 tells
+        assert sum(metrics["scores"]["matched"]) == matched and metrics["AP50"] == pytest.approx(ap50)
 
 
 def test_metrics_are_written_a_curve_to_a_line_and_read_again(tmp_path):
