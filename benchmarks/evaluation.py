@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py                        # both libraries
     python benchmarks/evaluation.py --library hotcoco
 
-5,000 images with 36,000 objects of 80 classes, 1% of them crowds, and 100 detections an image, of which a third are moved
-and rescaled objects of their image, where it has some, and the rest are anywhere. The time is that of `Records.append`
+5,000 images with 36,000 objects of 80 classes, 1% of them crowds, and 100 detections an image: a third are moved and
+rescaled objects of their image, where it has some, and the rest are anywhere. The time is that of `Records.append`
 for every image, `write_results`, `coco_metrics` of the file just written (read again, as `evaluate.py --results` does)
 and `write_metrics`; the memory is the process's peak, libraries included. Each library has a process of its own. The
 exit status is 1 where a bound is missed (pycocotools 110 s and 3 GB, hotcoco 30 s and 3 GB), where a number differs

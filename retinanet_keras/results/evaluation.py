@@ -8,7 +8,7 @@ import numpy as np
 from retinanet_keras.results import files, matching, scoring
 from retinanet_keras.results.records import Records
 from retinanet_keras.results.scoring import ALL, LARGE, MEDIUM, SMALL
-from retinanet_keras.results.truth import read
+from retinanet_keras.results.truth import number, read
 
 MEANINGS = {
     "AP": "average precision, mean over IoU 0.50:0.95",
@@ -64,7 +64,7 @@ def coco_metrics(annotations, results, *, image_ids=None, library="pycocotools")
     """
     truth = read(annotations)
     records = results if isinstance(results, Records) else Records.from_json(results)
-    detections = _of_truth(records, truth)
+    detections = number(records, truth)
     if image_ids is None:
         images = np.array(sorted(truth.images.values()), np.int64)
     else:
@@ -133,25 +133,11 @@ def write_metrics(path, metrics):
 
 
 def write_results(path, results):
-    """Write Records, or COCO's results as dicts, as JSON; the earlier file stays whole until the new one is complete."""
+    """Write Records, or COCO's results as dicts, as JSON; the earlier file stays until the new one is complete."""
     if isinstance(results, Records):
         return results.write(path)
     with files.replacing(path) as file:
         file.write(json.dumps(results, separators=(",", ":"), allow_nan=False))
-
-
-def _of_truth(records, truth):
-    """`records.columns()` with the truth's numbers of images and categories, or a DataError for unknown ones."""
-    image, category, boxes, scores = records.columns()
-    columns = []
-    for numbers, ids, known, what in (
-        (image, records.image_ids, truth.images, "image id"),
-        (category, records.category_ids, truth.categories, "category id"),
-    ):
-        times = np.bincount(numbers, minlength=len(ids)).tolist()
-        files.check_known(dict(zip(ids, times, strict=True)), known, records.source, what)
-        columns.append(np.array([known[i] for i in ids], np.int64)[numbers])
-    return *columns, boxes, scores
 
 
 def _twelve_of_class(precision, recall):

@@ -28,7 +28,8 @@ def replacing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same disk, so that replacing is one step
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # JSON may name half a character; as an escape it is JSON again.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         os.replace(temporary, path)
     finally:

@@ -64,6 +64,24 @@ def read(annotations):
     )
 
 
+def number(records, truth):
+    """`records.columns()` with the truth's numbers of images and categories (int64), which scoring takes.
+
+    Raises:
+        DataError: for detections of images or categories that the truth does not have.
+    """
+    image, category, boxes, scores = records.columns()
+    columns = []
+    for numbers, ids, known, what in (
+        (image, records.image_ids, truth.images, "image id"),
+        (category, records.category_ids, truth.categories, "category id"),
+    ):
+        times = np.bincount(numbers, minlength=len(ids)).tolist()
+        files.check_known(dict(zip(ids, times, strict=True)), known, records.source, what)
+        columns.append(np.array([known[i] for i in ids], np.int64)[numbers])
+    return *columns, boxes, scores
+
+
 def _distinct(names):
     """The names of {category id: name} in order; those that come twice get the category id."""
     twice = {name for name, times in files.count(names.values(), "", "").items() if times > 1}
