@@ -381,10 +381,6 @@ def _check_together(config):
     strategy = config.strategy
     if strategy.replicas and strategy.kind != "mirrored":
         raise ConfigError(f'strategy.replicas: expected strategy.kind "mirrored" with it, got "{strategy.kind}"')
-    if strategy.replicas and train.batch_size % strategy.replicas:
-        raise ConfigError(
-            f"train.batch_size: expected a multiple of strategy.replicas, {strategy.replicas}, got {train.batch_size}"
-        )
     if list(train.drops) != sorted(set(train.drops)):
         raise ConfigError(f"train.drops: expected increasing steps, got {list(train.drops)}")
     model = config.model

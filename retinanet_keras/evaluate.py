@@ -68,9 +68,7 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
     metrics = outputs.write(out, records, dataset, settings, split, about, milliseconds)
     unfinished.finish()
     if milliseconds:
-        parts = (
-            f"{part.replace('_', '-')} {milliseconds[part]:.1f}" for part in evaluator.PARTS if part in milliseconds
-        )
+        parts = (f"{name} {value:.1f}" for name, value in milliseconds.items() if name in evaluator.PARTS)
         print(f"milliseconds an image: {', '.join(parts)}")
     _told(metrics)
     print(f"\nwritten to {out}" + ("" if metrics else ": the .zip is what COCO's server takes"))

@@ -121,6 +121,8 @@ class RetinaNet(keras.Model):
     ):  # fmt: skip
         """Configure training. Under several replicas the step is that of one device with the same global batch.
 
+        Batch normalisation that is trained has statistics of its own on each: `fit` refuses it there.
+
         Args:
             optimizer: any Keras optimizer, or its name.
             classification_loss: called (0/1 targets, logits), element-wise; None: `losses.FocalLoss()`, the paper's.
@@ -133,9 +135,6 @@ class RetinaNet(keras.Model):
             jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
             check_finite: stop a step whose loss or gradient is not finite before it changes anything, with
                 TensorFlow's InvalidArgumentError; there only.
-
-        Raises:
-            ValueError: where batch normalisation would be trained on several replicas, each with statistics of its own.
         """
         if normalizer not in ("image", "minibatch"):
             raise ValueError(f'normalizer: expected "image" or "minibatch", got {normalizer!r}')

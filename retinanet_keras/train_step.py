@@ -14,19 +14,7 @@ NOT_FINITE = "the loss or its gradient is not finite"  # the message of the step
 
 
 def prepare(model):
-    """Make a RetinaNet that has just been compiled ready for `update`.
-
-    Raises:
-        ValueError: where batch normalisation would be trained on several replicas, naming a layer and what to use.
-    """
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    trained = _trained_batch_norm(model)
-    if replicas > 1 and trained:
-        raise ValueError(
-            f"norm: batch normalisation is trained in {len(trained)} layers ({trained[0].name}, ...), and on "
-            f'{replicas} replicas each would have statistics of its own. Use norm="group" for training from random '
-            'weights, or "frozen" with pre-trained ones'
-        )
+    """Make a RetinaNet that has just been compiled ready for `update`."""
     # Keras would clip each replica's gradients and then sum them; `update` sums, and leaves the clipping to it.
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a LossScaleOptimizer
     inner._all_reduce_sum_gradients = lambda pairs: pairs
@@ -43,13 +31,22 @@ def gradient_function(model, jit):
         a tf.function giving ((classification, box, divisor, positives, images), gradients): float32 scalars as of
         `objective.loss_terms`, and a gradient of the weighted sum of the losses for each trainable variable, divided
         by the divisor on one replica, by the images of all replicas on several.
+
+    Raises:
+        ValueError: where batch normalisation would be trained on several replicas, naming a layer and what to use.
     """
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    trained = _trained_batch_norm(model)
+    if replicas > 1 and trained:
+        raise ValueError(
+            f"norm: batch normalisation is trained in {len(trained)} layers ({trained[0].name}, ...), and on "
+            f'{replicas} replicas each would have statistics of its own. Use norm="group" for training from random '
+            'weights, or "frozen" with pre-trained ones'
+        )
     gpu = bool(tf.config.list_physical_devices("GPU"))
     jit = gpu if jit == "auto" else jit
     if jit and not gpu:
         backbones.split_groups(model.backbone)
-
-    replicas = model.distribute_strategy.num_replicas_in_sync
 
     def sums_and_gradients(images, boxes, labels):
         with tf.GradientTape() as tape:

@@ -57,11 +57,6 @@ def test_mistakes_are_answered_in_one_line(command, answer):
     assert status == 2 and answer in output and "Traceback" not in output
 
 
-def test_the_configuration_of_tfds_says_that_it_waits_for_it():
-    status, output = shell("train.py", "--config", "configs/r101_800.json", "--workdir", "never-made")
-    assert status == 2 and '"tfds" (coco/2017) is not available' in output and not (ROOT / "never-made").exists()
-
-
 def test_help_does_not_wait_for_tensorflow():
     code = (
         "import sys, runpy; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\n"

@@ -1,4 +1,4 @@
-"""Detection over a split: interrupted and shared by replicas it gives what it gives undisturbed; what it leaves behind."""
+"""Detection over a split: interrupted, or shared by replicas, it gives what it gives undisturbed; what it leaves."""
 
 import json
 import shutil
@@ -30,10 +30,12 @@ def run_copy(finished, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(finished):
+def whole(finished, tmp_path_factory):
     """The results file of an evaluation of the split `train`, ten images in batches of one or two."""
-    evaluate("c.json", workdir=finished[0].path, split="train")
-    return (finished[0].evaluation("train") / "results.json").read_bytes()
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(finished[0].path, folder)
+    evaluate("c.json", workdir=folder, split="train")
+    return (folder / "eval/train/results.json").read_bytes()
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeypatch, capsys):

@@ -74,9 +74,7 @@ def test_batch_normalisation_is_not_trained_on_several_replicas(tmp_path):
     assert done.returncode and 'Use norm="group" for training from random weights' in done.stderr
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="train.batch_size: expected a multiple of strategy.replicas, 3, got 16"):
-        config_from_dict({"strategy": {"kind": "mirrored", "replicas": 3}})
+def test_replicas_are_of_the_mirrored_strategy_only():
     with pytest.raises(ConfigError, match='strategy.replicas: expected strategy.kind "mirrored" with it, got "auto"'):
         config_from_dict({"strategy": {"replicas": 2}})
 
@@ -97,6 +95,15 @@ def test_workers_need_a_tf_config(monkeypatch, tf_config):
         monkeypatch.setenv("TF_CONFIG", tf_config)
     with pytest.raises(RunError, match='TF_CONFIG in the form of .*"worker": .*; got'):
         strategies.make(StrategyConfig(kind="workers"), 16)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    """In a process of its own, whose CPU becomes three devices."""
+    command = "train.py --config configs/shapes.json --set model.norm=group strategy.kind=mirrored strategy.replicas=3"
+    command = [sys.executable, *command.split(), f"data.dir={tmp_path}", "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "train.batch_size: expected a multiple of the number of replicas, 3, got 8" in done.stderr
 
 
 def test_more_replicas_than_a_started_tensorflow_has_devices_are_refused():

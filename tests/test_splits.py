@@ -154,6 +154,19 @@ def test_a_training_sees_the_same_steps_through_tfds_and_goes_on_in_their_midst(
     np.testing.assert_array_equal(images, ours[5][0][1:])
 
 
+def test_what_cannot_be_downloaded_or_is_no_detection_set_is_said(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(miniature._Downloader, "_sync_download", refuse)
+    with pytest.raises(DataError, match="could not be downloaded and prepared there: ConnectionError: no ro"):
+        sources.open_split(data_config(tmp_path, "tfds"), "minival")
+    with pytest.raises(DataError, match="coca/2017 is not a set that .* names like it: .*coco"):
+        sources.open_split(data_config(tmp_path, "tfds", name="coca/2017"), "train")
+    with pytest.raises(DataError, match="expected a detection set with `image` and `objects`.*mnist has image, label"):
+        sources.open_split(data_config(tmp_path, "tfds", name="mnist"), "train")
+
+
 def test_a_damaged_image_in_a_tfrecord_is_named(tfds_dir, tmp_path):
     dataset = sources.open_split(data_config(tfds_dir, "tfds"), "minival")
     start, length = dataset.spans[2]
