@@ -62,6 +62,9 @@ def main(settings, out):
             3, "resnet18", width=settings["width"], fpn_channels=settings["fpn_channels"],
             head_depth=settings["head_depth"], norm=settings["norm"],
         )  # fmt: skip
+        for layer in model.backbone.layers:
+            if layer.name.endswith("_conv2_norm"):  # else each residual block would double the variance
+                layer.gamma.assign(0.2 * layer.gamma)
         model.compile(
             optimizers.build(train), normalizer=settings["normalizer"], jit_compile=settings["jit"], check_finite=True
         )
