@@ -3,7 +3,8 @@
     python tests/fuzz.py SAVED_MODEL COUNT SEED FOLDER
 
 What is sent next is in FOLDER/input before it is sent, so that it is there after a crash. Faults, which are answers
-other than detections or INVALID_ARGUMENT, go to FOLDER/fault-N. Prints what came of them as one line of JSON.
+other than detections or INVALID_ARGUMENT, go to FOLDER/fault-N, and the input after which the process's peak of memory
+was most higher than before to FOLDER/hungry. Prints what came of them as one line of JSON.
 """
 
 import io
@@ -104,7 +105,9 @@ def tiny(data, random, kind):
 
 
 def noise(data, random, kind):
-    return random.choice((b"", data[:8])) + random.randbytes(random.randrange(400))
+    """Alone, or after a magic number: of this format, or of JPEG XL, which TensorFlow 2.21 names as one of its own."""
+    starts = (b"", data[:8], b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+    return random.choice(starts) + random.randbytes(random.randrange(400))
 
 
 MUTATIONS = (truncated, flipped, flipped, overwritten, cut_out, header, resized, joined, tiny, noise)
@@ -149,6 +152,7 @@ def main(saved_model, count, seed, folder):
 
         for file in [file for files in ORIGINALS.values() for file in files]:
             outcomes[f"undamaged: {ask(file)}"] += 1
+        before, most = peak_mb(), (0, "")
         for number in range(count):
             name, data = mutated(number, seed)
             (folder / "input").write_bytes(data)
@@ -158,8 +162,15 @@ def main(saved_model, count, seed, folder):
                 faults.append(f"{number} ({name}): {outcome}")
                 outcome = "fault"
             outcomes[outcome] += 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"outcomes": outcomes, "faults": faults, "peak_mb": round(peak)}))
+            if peak_mb() - before > most[0]:
+                most = peak_mb() - before, f"{number} ({name}, {len(data)} bytes): {outcome}"
+                (folder / "hungry").write_bytes(data)
+            before = peak_mb()
+    print(json.dumps({"outcomes": outcomes, "faults": faults, "peak_mb": peak_mb(), "hungriest": most}))
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 if __name__ == "__main__":

@@ -213,6 +213,7 @@ class Rest(BaseHTTPRequestHandler):
     """`/v1/models/NAME[/versions/N]`, with `:predict` or `/metadata`; errors are {"error": message}."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers' acknowledgement
     servable = None
     ROUTE = re.compile(r"/v1/models/([^/:]+)(?:/versions/(\d+))?(:predict|/metadata)?")
 

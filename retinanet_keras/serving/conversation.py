@@ -59,7 +59,8 @@ def connect(server, model, *, version=None, timeout=60.0):
         raise UserError(f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {server}")
 
     def error(code, detail):
-        return _error(code, " ".join(detail.split()), server, model, version, timeout)
+        detail = " ".join(detail.split("[[{{")[0].split())  # without the names of graph nodes that TensorFlow adds
+        return _error(code, detail, server, model, version, timeout)
 
     protocol = _grpc if address.scheme == "grpc" else _rest
     with protocol(f"{address.netloc}", model, version, timeout, error) as ask:
