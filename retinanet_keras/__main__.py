@@ -23,6 +23,21 @@ def main():
     verb.add_argument("--min-score", type=float, default=0.3, help="of the detections shown (default 0.3)")
     verb.set_defaults(call=detect)
 
+    verb = verbs.add_parser("client", help="find objects in image files by asking a TF Serving server")
+    verb.add_argument("images", nargs="+", help="image files and folders")
+    verb.add_argument("--server", required=True, help="grpc://HOST:8500 or http://HOST:8501")
+    verb.add_argument("--model", required=True, help="its name on the server")
+    verb.add_argument("--version", type=int, help="of the model (default: the server's choice, the newest)")
+    verb.add_argument(
+        "--signature", choices=("bytes", "images"), default="bytes", help="send files (default) or pixels"
+    )
+    verb.add_argument("--batch", type=int, default=1, help="images in a request (default 1)")
+    verb.add_argument("--to", required=True, help="folder for the pictures and detections.json")
+    verb.add_argument("--repeat", type=int, default=0, help="send all again so many times and tell the latency")
+    verb.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer (default 60)")
+    verb.add_argument("--min-score", type=float, default=0.3, help="of the detections shown (default 0.3)")
+    verb.set_defaults(call=client)
+
     verb = verbs.add_parser("inspect", help="look for faults in a dataset before training on it")
     verb.add_argument("--config", required=True, help="JSON file")
     verb.add_argument("--to", required=True, help="folder for the report and pictures")
@@ -59,6 +74,13 @@ def detect(args):
     from retinanet_keras import commands
 
     return commands.detect(args.model, args.images, args.to, args.min_score)
+
+
+def client(args):
+    from retinanet_keras.serving import client  # without TensorFlow
+
+    options = {key: value for key, value in vars(args).items() if key != "call"}
+    return client.run(**options)
 
 
 def inspect(args):

@@ -8,14 +8,13 @@ from retinanet_keras import trained
 from retinanet_keras.config import Config, DataConfig
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
-from retinanet_keras.results import draw
+from retinanet_keras.data.listing import image_files
+from retinanet_keras.results import draw, table
 from retinanet_keras.serving import detector
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunFolder
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 
 def detect(model, images, to, min_score):
@@ -30,7 +29,7 @@ def detect(model, images, to, min_score):
     Returns:
         0, or 1 where an image could not be read; the others are done all the same.
     """
-    files = _unique(_image_files(images))
+    files = image_files(images)
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
         search, categories = detector.of_model(net, config.data), Categories.from_list(net.categories)
@@ -40,7 +39,7 @@ def detect(model, images, to, min_score):
     else:
         search, categories = detector.of_export(trained.saved_model(model))
     failed = 0
-    print(f"{'image':<32} {'class':<16} {'score':>6} {'x1':>8} {'y1':>8} {'x2':>8} {'y2':>8}")
+    print(table.HEADER)
     for path, name in files:
         try:
             pixels = sources.read_image(path)
@@ -50,11 +49,8 @@ def detect(model, images, to, min_score):
             continue
         boxes, scores, labels = detector.detections_of(search, pixels)
         shown = scores >= min_score
-        for box, score, label in zip(boxes[shown], scores[shown], labels[shown], strict=True):
-            numbers = " ".join(f"{side:8.1f}" for side in box)
-            print(f"{name[-32:]:<32} {categories.names[label][:16]:<16} {score:6.3f} {numbers}")
-        if not shown.any():
-            print(f"{name[-32:]:<32} nothing with a score of {min_score} or more")
+        names = [categories.names[label] for label in labels]
+        print(*table.rows(name, boxes, scores, names, min_score), sep="\n")
         drawn = draw.draw_boxes(pixels, boxes[shown], labels[shown], categories.names, scores[shown])
         draw.save(Path(to) / f"{name}.png", drawn)
     print(f"{len(files) - failed} pictures in {to}")
@@ -69,29 +65,6 @@ def export(to, workdir=None, weights=None):
     config, model = load_run(workdir) if workdir else (Config(), trained.of_file(weights, "--weights"))
     print(f"written to {export_model(model, config, to)}")
     return 0
-
-
-def _unique(files):
-    """The same (path, name) pairs, names that come again numbered: pictures must not replace each other."""
-    seen, unique = {}, []
-    for path, name in files:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append((path, name if seen[name] == 1 else f"{name}-{seen[name]}"))
-    return unique
-
-
-def _image_files(paths):
-    """(path, name) of image files and of those in folders; the name of a file in a folder is relative to it."""
-    for path in map(Path, paths):
-        if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
-            if not files:
-                raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
-            yield from ((file, str(file.relative_to(path))) for file in files)
-        elif path.exists():
-            yield path, path.name
-        else:
-            raise DataError(f"There is no image {path}")
 
 
 def replay(path):

@@ -1,0 +1,40 @@
+"""The image files that a command line names."""
+
+from pathlib import Path
+
+from retinanet_keras.data.coco import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+
+
+def image_files(paths):
+    """Image files and those in folders.
+
+    Args:
+        paths: of files and folders; in folders, files with another suffix than IMAGE_SUFFIXES are left out.
+
+    Returns:
+        a list of (path, name). The name of a file in a folder is relative to it; names that come again are numbered:
+        what is written under them must not replace each other.
+
+    Raises:
+        DataError: where a path does not exist, or a folder holds none.
+    """
+    seen, files = {}, []
+    for path, name in _found(paths):
+        seen[name] = seen.get(name, 0) + 1
+        files.append((path, name if seen[name] == 1 else f"{name}-{seen[name]}"))
+    return files
+
+
+def _found(paths):
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+            if not files:
+                raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")
+            yield from ((file, str(file.relative_to(path))) for file in files)
+        elif path.exists():
+            yield path, path.name
+        else:
+            raise DataError(f"There is no image {path}")

@@ -1,0 +1,154 @@
+"""Detection in image files by a TF Serving server: pictures, a JSON file, and how long the answers take."""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.listing import image_files
+from retinanet_keras.errors import UserError
+from retinanet_keras.results import draw, table
+from retinanet_keras.serving.conversation import Refused, connect
+
+# The signature and its input, by what is sent.
+SIGNATURES = {"bytes": ("serving_bytes", "image_bytes"), "images": ("serving_default", "images")}
+RESULTS_FILE = "detections.json"
+
+
+def run(images, to, server, model, *, version=None, signature="bytes", batch=1, repeat=0, timeout=60.0, min_score=0.3):
+    """`client`: a table of what a server finds in image files and folders, pictures of it, and all of it as JSON.
+
+    Args:
+        images: files and folders.
+        to: folder for the pictures and RESULTS_FILE.
+        server, model, version, timeout: as in `conversation.connect`.
+        signature: "bytes" sends the files as they are; "images" decodes them here, and sends those of one size that
+            follow each other together.
+        batch: images in a request, at most.
+        repeat: how often all images that were accepted are sent again to measure the time of an answer.
+        min_score: of the detections shown; the JSON holds all.
+
+    Returns:
+        0, or 1 where an image could not be read or was refused; the others are done all the same.
+    """
+    for name, value, least in (("batch", batch, 1), ("repeat", repeat, 0)):
+        if value < least:
+            raise UserError(f"--{name}: expected {least} or more, got {value}")
+    if not timeout > 0:
+        raise UserError(f"--timeout: expected more than 0 seconds, got {timeout:g}")
+    files, records, accepted = image_files(images), [], []
+    print(table.HEADER)
+    with connect(server, model, version=version, timeout=timeout) as ask:
+        for group in _batches(files, signature, batch, records):
+            for part, found in _answers(ask, signature, group, records):
+                accepted.append([item for _, _, item in part])
+                for i, (path, name, _) in enumerate(part):
+                    records.append(_record(name, {key: value[i] for key, value in found.items()}))
+                    _show(path, name, records[-1]["detections"], to, min_score)
+        failed = sum("error" in record for record in records)
+        Path(to).mkdir(parents=True, exist_ok=True)
+        tree = {"server": server, "model": model, "signature": SIGNATURES[signature][0], "images": records}
+        Path(to, RESULTS_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{len(files) - failed} of {len(files)} images: pictures and {RESULTS_FILE} in {to}")
+        if repeat and accepted:
+            seconds = [_timed(ask, signature, items) for _ in range(repeat) for items in accepted]
+            print(latency(seconds, repeat * sum(map(len, accepted))))
+    return int(failed > 0)
+
+
+def latency(seconds, images):
+    """One line on requests sent one after the other. Args: the seconds of each; the images in all of them."""
+    median, p90, p99 = 1000 * np.percentile(seconds, (50, 90, 99))
+    return (
+        f"{len(seconds)} requests, one at a time: median {median:.1f} ms, 90% within {p90:.1f} ms, 99% within "
+        f"{p99:.1f} ms; {images / sum(seconds):.2f} images/s"
+    )
+
+
+def _batches(files, signature, batch, records):
+    """Lists of (path, name, what is sent); files that cannot be read are told of, and go to the records."""
+    group = []
+    for path, name in files:
+        try:
+            item = path.read_bytes() if signature == "bytes" else _pixels(path)
+        except (OSError, DataError) as error:
+            _failed(name, str(error), records)
+            continue
+        other_size = signature == "images" and group and group[0][2].shape != item.shape
+        if group and (other_size or len(group) == batch):
+            yield group
+            group = []
+        group.append((path, name, item))
+    if group:
+        yield group
+
+
+def _answers(ask, signature, group, records):
+    """(part of the group, its outputs). One bad image fails its whole batch, so then each is sent alone."""
+    try:
+        yield group, ask(*_request(signature, [item for _, _, item in group]))
+        return
+    except Refused as refusal:
+        if len(group) == 1:
+            _failed(group[0][1], f"the server refuses it: {refusal}", records)
+            return
+    for one in group:
+        yield from _answers(ask, signature, [one], records)
+
+
+def _request(signature, items):
+    name, key = SIGNATURES[signature]
+    return name, {key: items if signature == "bytes" else np.stack(items)}
+
+
+def _timed(ask, signature, items):
+    """The seconds from the items to their outputs, with writing the request and reading the answer."""
+    start = time.perf_counter()
+    ask(*_request(signature, items))
+    return time.perf_counter() - start
+
+
+def _pixels(path):
+    """uint8 RGB [H, W, 3] of a file; EXIF is ignored, as the server does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from None
+
+
+def _record(name, found):
+    """JSON-able: what was found in one image. Args: found: the outputs, without the batch's axis."""
+    n = int(found["num_detections"])
+    columns = [found[key][:n].tolist() for key in ("boxes", "scores", "labels", "category_ids", "names")]
+    keys = ("box", "score", "label", "category_id", "name")
+    return {"image": name, "detections": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]}
+
+
+def _failed(name, problem, records):
+    print(f"error: {name}: {problem}", file=sys.stderr)
+    records.append({"image": name, "error": problem})
+
+
+def _show(path, name, detections, to, min_score):
+    """The lines of the table, and the picture."""
+    boxes, scores, labels, names = ([row[key] for row in detections] for key in ("box", "score", "label", "name"))
+    print(*table.rows(name, boxes, scores, names, min_score), sep="\n")
+    try:
+        pixels = _pixels(path)
+    except DataError as error:
+        print(f"warning: no picture: {error}", file=sys.stderr)  # the server reads more than Pillow here
+        return
+    shown = [i for i, score in enumerate(scores) if score >= min_score]
+    by_label = dict(zip(labels, names, strict=True))
+    classes = [by_label.get(label, "") for label in range(max(labels, default=-1) + 1)]
+    picked = ([values[i] for i in shown] for values in (boxes, labels, scores))
+    boxes, labels, scores = picked
+    draw.save(Path(to) / f"{name}.png", draw.draw_boxes(pixels, boxes, labels, classes, scores))
