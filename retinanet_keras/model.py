@@ -61,7 +61,8 @@ class RetinaNet(keras.Model):
         self.anchors, self.targets, self.detection = anchors, targets, detection
         self.categories = categories
         self.pixel_std = tuple(pixel_std or backbones.STD)
-        if isinstance(backbone, keras.Model):
+        self.own_backbone = not isinstance(backbone, keras.Model)
+        if not self.own_backbone:
             if weights or norm or freeze_at or stride_in:
                 raise ValueError(
                     "weights, norm, freeze_at and stride_in are of the ResNets made here; a Keras model given as "
@@ -107,7 +108,7 @@ class RetinaNet(keras.Model):
         self.built = True
 
     def call(self, images, training=False):
-        return self._forward(self._normalise(images), training)
+        return self._forward(self.normalise(images), training)
 
     def _forward(self, x, training):
         levels = self.pyramid(self.backbone(ops.cast(x, self.compute_dtype), training=training))
@@ -270,13 +271,13 @@ class RetinaNet(keras.Model):
         settings = dataclasses.asdict(self.detection)
         multiple = settings.pop("pad_multiple")
         sizes = ops.cast(sizes, "float32")
-        outputs = self._forward(self._normalise(images, multiple, sizes), False)
+        outputs = self._forward(self.normalise(images, multiple, sizes), False)
         anchors, per_level = self._anchors_of(images, multiple)
         return detections.decode(
             outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1], **settings
         )
 
-    def _normalise(self, images, multiple=SIZE_MULTIPLE, sizes=None):
+    def normalise(self, images, multiple=SIZE_MULTIPLE, sizes=None):
         """Pixels to network input: (RGB - mean) / std, padded with 0 at the right and the bottom.
 
         Args:

@@ -42,6 +42,7 @@ TABLE = (
     ("data.image_files",),
     ("data.reach",),
     ("data.inspection",),
+    ("serving.headers", "serving.warmup", "serving.card", "serving.inference", "serving.onnx"),
     ("serving.export",),
     ("serving.detector",),
     ("training.folder",),

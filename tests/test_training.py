@@ -55,7 +55,7 @@ def test_the_export_of_a_run_finds_what_the_run_finds(finished):
     folder, _ = finished
     settings, model = load_run(folder.path)
     export, categories = detector.of_export(folder.export / "1")
-    own = detector.of_model(model, settings.data)
+    own = detector.of_model(model, settings)
     assert categories == folder.categories()
     image = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), "uint8")
     assert own(image)["num_detections"] == [100]
@@ -362,7 +362,7 @@ def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config,
     with pytest.raises(DataError, match=r"val_000001.jpg is \d+x\d+ .* its annotation says"):
         list(evaluator.detect_split(model.detect, dataset, settings))
     with pytest.raises(DataError, match=r"val_000001.jpg is"):
-        list(evaluator.detect_split_one_by_one(detector.of_model(model, settings.data), dataset))
+        list(evaluator.detect_split_one_by_one(detector.of_model(model, settings), dataset))
 
 
 def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):
