@@ -13,8 +13,10 @@ def main():
     model = verb.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="folder of the run")
     model.add_argument("--weights", help="a .keras file")
-    verb.add_argument("--to", required=True, help="base path; a numbered folder is made in it")
-    verb.set_defaults(call=export)
+    verb.add_argument("--to", help="base path; a numbered folder is made in it")
+    verb.add_argument("--onnx", metavar="FILE", help="write an ONNX file, too, or, without --to, only that")
+    verb.add_argument("--precision", choices=("float32", "bfloat16"), help="of convolutions (default: the model's own)")
+    verb.set_defaults(call=export, error=verb.error)
 
     verb = verbs.add_parser("detect", help="find objects in image files and folders")
     verb.add_argument("--model", required=True, help="folder of a run or of an export, or a .keras file")
@@ -63,10 +65,12 @@ def main():
 
 
 def export(args):
+    if not (args.to or args.onnx):
+        args.error("expected --to, --onnx, or both")
     cli.import_tensorflow()
     from retinanet_keras import commands
 
-    return commands.export(args.to, args.workdir, args.weights)
+    return commands.export(args.to, args.workdir, args.weights, args.precision, args.onnx)
 
 
 def detect(args):

@@ -69,6 +69,11 @@ def anchor_boxes(height, width, config=AnchorConfig()):  # noqa: B008
     Returns:
         float32 [A, 4], absolute pixels x1, y1, x2, y2, in the order above; not clipped to the image.
     """
+    return ops.concatenate(anchors_by_level(height, width, config), axis=0)
+
+
+def anchors_by_level(height, width, config=AnchorConfig()):  # noqa: B008
+    """The parts of `anchor_boxes`: float32 [A_l, 4] for each level, P3 first."""
     levels = []
     for stride in STRIDES:
         rows, columns = grid(height, width, stride)
@@ -84,4 +89,4 @@ def anchor_boxes(height, width, config=AnchorConfig()):  # noqa: B008
             for side, centre in enumerate([x[None, :, None], y[:, None, None]] * 2)
         ]
         levels.append(ops.reshape(ops.stack(corners, axis=-1), (-1, 4)))
-    return ops.concatenate(levels, axis=0)
+    return levels

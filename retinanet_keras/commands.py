@@ -1,17 +1,19 @@
 """The commands that are more than one call."""
 
+import json
 import math
 import sys
 from pathlib import Path
 
 from retinanet_keras import trained
-from retinanet_keras.config import Config, DataConfig
+from retinanet_keras.config import Config
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.results import draw, table
 from retinanet_keras.serving import detector
-from retinanet_keras.serving.export import export_model
+from retinanet_keras.serving.export import export_model, signatures
+from retinanet_keras.serving.onnx import write as write_onnx
 from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunFolder
@@ -32,10 +34,10 @@ def detect(model, images, to, min_score):
     files = image_files(images)
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
-        search, categories = detector.of_model(net, config.data), Categories.from_list(net.categories)
+        search, categories = detector.of_model(net, config), Categories.from_list(net.categories)
     elif Path(model).suffix == ".keras":
         net = trained.of_file(model, "--model")
-        search, categories = detector.of_model(net, DataConfig()), Categories.from_list(net.categories)
+        search, categories = detector.of_model(net, Config()), Categories.from_list(net.categories)
     else:
         search, categories = detector.of_export(trained.saved_model(model))
     failed = 0
@@ -57,14 +59,31 @@ def detect(model, images, to, min_score):
     return int(failed > 0)
 
 
-def export(to, workdir=None, weights=None):
+def export(to, workdir=None, weights=None, precision=None, onnx=None):
     """`export`: the next version of the SavedModel of a run, or of a .keras file, under a base path.
 
     Images are resized as the run's configuration says; for a file, as the paper says (shorter side 800).
+
+    Args:
+        to: the base path; None: no SavedModel.
+        workdir: folder of the run.
+        weights: the .keras file, where there is no run.
+        precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
+        onnx: an ONNX file to write as well.
     """
     config, model = load_run(workdir) if workdir else (Config(), trained.of_file(weights, "--weights"))
-    print(f"written to {export_model(model, config, to)}")
+    if to:
+        metrics = _metrics(RunFolder(workdir), config.data) if workdir else None
+        print(f"written to {export_model(model, config, to, precision=precision, metrics=metrics, run=bool(workdir))}")
+    if onnx:
+        print(f"written to {write_onnx(signatures(model, config, precision)[0], model.categories, onnx)}")
     return 0
+
+
+def _metrics(folder, data):
+    """{split: metrics} of what a run's own weights have been scored on."""
+    files = {split: folder.evaluation(split) / "metrics.json" for split in (data.test_split, data.val_split) if split}
+    return {split: json.loads(file.read_text()) for split, file in files.items() if file.exists()}
 
 
 def replay(path):

@@ -277,6 +277,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ServingConfig:
+    """The SavedModel."""
+
+    max_pixels: int = setting(
+        64_000_000, OURS, "encoded images with more are refused before they are decoded; 3 bytes each", at_least=1
+    )
+    license: str = setting("", OURS, "of the weights, for the model card; empty: not stated")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on."""
 
@@ -290,6 +300,7 @@ class Config:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
 
     def to_dict(self):
         """The whole configuration as JSON-able dicts and lists; `Config` from it is equal to this one."""

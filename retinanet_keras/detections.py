@@ -31,28 +31,48 @@ def decode(
         dict of boxes float32 [B, D, 4] in absolute pixels x1, y1, x2, y2, scores float32 [B, D] falling, labels int32
         [B, D], count int32 [B]. Rows past count: box 0, score 0, label -1.
     """
+    starts = [0]
+    for size in level_sizes:
+        starts.append(starts[-1] + size)
+    bounds = list(zip(starts[:-1], starts[1:], strict=True))
+    anchors = ops.convert_to_tensor(anchors)
+    return decode_levels(
+        [logits[:, start:end] for start, end in bounds], [deltas[:, start:end] for start, end in bounds],
+        [anchors[start:end] for start, end in bounds], height, width, score_threshold=score_threshold,
+        pre_nms_top_k=pre_nms_top_k, nms_iou=nms_iou, max_detections=max_detections, clip=clip,
+        p7_threshold=p7_threshold,
+    )  # fmt: skip
+
+
+def decode_levels(
+    logits, deltas, anchors, height, width, *, score_threshold, pre_nms_top_k, nms_iou, max_detections, clip,
+    p7_threshold,
+):  # fmt: skip
+    """`decode` of lists of the levels' logits [B, A_l, K], deltas [B, A_l, 4] and anchors [A_l, 4].
+
+    Joining the levels' logits first would cost as much as all the rest.
+    """
     if clip not in ("before_nms", "after_nms", "inclusive"):
         raise ValueError(f'clip: expected "before_nms", "after_nms" or "inclusive", got {clip!r}')
-    num_classes = logits.shape[-1]
-    picked_scores, picked_anchors, picked_labels = [], [], []
-    start = 0
-    for level, size in enumerate(level_sizes):
-        best, anchor, label = _top_pairs(logits[:, start : start + size], pre_nms_top_k)
+    num_classes = logits[0].shape[-1]
+    picked_scores, picked_boxes, picked_labels = [], [], []
+    for level, (level_logits, level_deltas, level_anchors) in enumerate(zip(logits, deltas, anchors, strict=True)):
+        best, anchor, label = _top_pairs(level_logits, pre_nms_top_k)
         # The sigmoid of survivors only: of all A x K logits it would take ten times as long as the selection.
         best = ops.sigmoid(ops.cast(best, "float32"))
-        last = p7_threshold is not None and level == len(level_sizes) - 1
+        last = p7_threshold is not None and level == len(logits) - 1
         picked_scores.append(ops.where(best > (p7_threshold if last else score_threshold), best, 0.0))
-        picked_anchors.append(anchor + start)
+        picked_boxes.append(
+            boxes.decode(
+                ops.take(level_anchors, anchor, axis=0), ops.take_along_axis(level_deltas, anchor[..., None], axis=1)
+            )
+        )
         picked_labels.append(label)
-        start = start + size
     scores = ops.concatenate(picked_scores, axis=1)  # [B, N]
-    anchor = ops.concatenate(picked_anchors, axis=1)
+    candidates = ops.concatenate(picked_boxes, axis=1)  # [B, N, 4]
     labels = ops.concatenate(picked_labels, axis=1)
-    candidates = boxes.decode(
-        ops.take(ops.convert_to_tensor(anchors), anchor, axis=0), ops.take_along_axis(deltas, anchor[..., None], axis=1)
-    )
     if clip != "after_nms":
-        candidates = boxes.clip(candidates, height, width, least=1.0 if clip == "inclusive" else 0.0)  # [B, N, 4]
+        candidates = boxes.clip(candidates, height, width, least=1.0 if clip == "inclusive" else 0.0)
     kept = nms.per_class(candidates, scores, labels, num_classes, iou_threshold=nms_iou, max_detections=max_detections)
     if clip == "after_nms":
         kept = _clip_and_drop(*kept[:3], height, width)

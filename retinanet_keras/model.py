@@ -61,7 +61,8 @@ class RetinaNet(keras.Model):
         self.anchors, self.targets, self.detection = anchors, targets, detection
         self.categories = categories
         self.pixel_std = tuple(pixel_std or backbones.STD)
-        if isinstance(backbone, keras.Model):
+        self.own_backbone = not isinstance(backbone, keras.Model)
+        if not self.own_backbone:
             if weights or norm or freeze_at or stride_in:
                 raise ValueError(
                     "weights, norm, freeze_at and stride_in are of the ResNets made here; a Keras model given as "
@@ -93,7 +94,7 @@ class RetinaNet(keras.Model):
         self.classification_tracker = keras.metrics.Mean("classification_loss")
         self.box_tracker = keras.metrics.Mean("box_loss")
         self.positives_tracker = keras.metrics.Mean("positives")
-        self._detect_graph = None
+        self._detect_graph = self.evaluation_graphs = None
         self.build((None, None, None, 3))
 
     def build(self, input_shape):
@@ -107,7 +108,7 @@ class RetinaNet(keras.Model):
         self.built = True
 
     def call(self, images, training=False):
-        return self._forward(self._normalise(images), training)
+        return self._forward(self.normalise(images), training)
 
     def _forward(self, x, training):
         levels = self.pyramid(self.backbone(ops.cast(x, self.compute_dtype), training=training))
@@ -270,7 +271,7 @@ class RetinaNet(keras.Model):
 
     def outputs_in_graph(self, images, sizes):
         """The first half of `detect_in_graph`: logits and deltas, with nothing beyond an image's size."""
-        pixels = self._normalise(images, self.detection.pad_multiple, ops.cast(sizes, "float32"))
+        pixels = self.normalise(images, self.detection.pad_multiple, ops.cast(sizes, "float32"))
         return self._forward(pixels, False)
 
     def decode_in_graph(self, outputs, images, sizes):
@@ -282,7 +283,7 @@ class RetinaNet(keras.Model):
             outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1], **settings
         )
 
-    def _normalise(self, images, multiple=SIZE_MULTIPLE, sizes=None):
+    def normalise(self, images, multiple=SIZE_MULTIPLE, sizes=None):
         """Pixels to network input: (RGB - mean) / std, padded with 0 at the right and the bottom.
 
         Args:

@@ -42,9 +42,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeyp
     """It stops after two batches, and a third is cut off in the middle of its line."""
     batches = evaluator._by_model
 
-    def failing(model, dataset, data, plan):
+    def failing(model, folded, dataset, data, plan):
         computed.append(len(plan))
-        for number, batch in enumerate(batches(model, dataset, data, plan)):
+        for number, batch in enumerate(batches(model, folded, dataset, data, plan)):
             if number == 2 and len(computed) == 1:
                 raise KeyboardInterrupt
             yield batch
@@ -65,8 +65,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeyp
 
 
 def test_what_other_weights_or_sizes_have_found_is_not_gone_on_from(run_copy, monkeypatch, capsys):
-    def stopping(model, dataset, data, plan):
-        yield from batches(model, dataset, data, plan[:1])
+    def stopping(model, folded, dataset, data, plan):
+        yield from batches(model, folded, dataset, data, plan[:1])
         raise KeyboardInterrupt
 
     batches = evaluator._by_model

@@ -5,15 +5,19 @@ import json
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
 
 from retinanet_keras import RetinaNet
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.data import pipeline
-from retinanet_keras.serving import detector, export
+from retinanet_keras.serving import detector, export, inference
+from retinanet_keras.serving.card import describe
 
 CONFIG = config_from_dict({"data": {"short_side": 96, "max_side": 128}})
 CATEGORIES = [{"label": 0, "id": 7, "name": "cat"}, {"label": 1, "id": 3, "name": "dog"}]
@@ -95,7 +99,7 @@ def test_bytes_of_mixed_sizes_and_formats_in_one_batch(model, saved):
 def test_rows_past_the_count_are_empty():
     """An untrained model is sure of nothing."""
     net = RetinaNet(2, "resnet18", width=8, fpn_channels=16, head_depth=1, categories=CATEGORIES)
-    found = export.signatures(net, CONFIG.data)[0](tf.constant(picture(SIZES[0])[None]))
+    found = export.signatures(net, CONFIG)[0](tf.constant(picture(SIZES[0])[None]))
     assert found["num_detections"].numpy() == [0]
     assert not found["boxes"].numpy().any() and not found["scores"].numpy().any()
     assert set(found["labels"].numpy()[0]) == set(found["category_ids"].numpy()[0]) == {-1}
@@ -152,5 +156,107 @@ def test_versions_count_up_and_a_given_one_is_replaced(model, saved, tmp_path):
 
 
 def test_the_weights_are_stored_once(model, saved):
-    stored = sum(f.stat().st_size for f in (saved / "variables").iterdir())
-    assert stored < 1.2 * 4 * model.count_params() + 20_000
+    graph = saved_model_pb2.SavedModel.FromString((saved / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def
+    constants = [node for function in graph.library.function for node in function.node_def if node.op == "Const"]
+    stored = sum(len(node.attr["value"].tensor.tensor_content) for node in constants)
+    stored += (saved / "variables/variables.data-00000-of-00001").stat().st_size
+    assert 0.97 < stored / (4 * model.count_params()) < 1.03
+
+
+def test_nothing_in_the_graph_runs_python_or_reads_the_disk(saved):
+    graph = saved_model_pb2.SavedModel.FromString((saved / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def
+    inside = {node.op for function in graph.library.function for node in function.node_def}
+    assert "Conv2D" in inside and not {op for op in inside if "Py" in op or "File" in op}
+
+
+@pytest.mark.parametrize("settings", [
+    {"backbone": "resnet18", "norm": "batch"}, {"backbone": "resnet50", "norm": "frozen", "stride_in": "3x3"},
+    {"backbone": "resnext101_32x8d", "norm": "frozen", "width": 4}, {"backbone": "resnet18", "norm": "group",
+    "head_norm": "group", "p6_source": "p5"},
+])  # fmt: skip
+def test_the_folded_model_finds_what_the_model_finds(small_model, settings):
+    """Batch normalisation with statistics, scales and shifts of its own; two images of different sizes on a canvas."""
+    net = small_model(2, prior=0.3, **{"width": 8, **settings})
+    rng = np.random.default_rng(0)
+    for layer in net.backbone.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            shape = layer.gamma.shape
+            factor = 0.3 if layer.name.endswith(("_conv3_norm", "_conv2_norm")) else 1.0
+            layer.gamma.assign(factor * rng.uniform(0.7, 1.3, shape))
+            layer.beta.assign(rng.normal(0, 0.2, shape))
+            layer.moving_mean.assign(rng.normal(0, 0.2, shape))
+            layer.moving_variance.assign(rng.uniform(0.5, 1.5, shape))
+    for subnet in (net.class_subnet, net.box_subnet):
+        subnet.final.kernel.assign(rng.normal(0, 0.1, subnet.final.kernel.shape))
+    before = [weight.numpy() for weight in net.weights]
+    images, sizes = np.stack([picture((96, 128), seed) for seed in (0, 1)]), np.array([[96, 128], [70, 101]])
+    found, expected = inference.compiled(net)(images, sizes), net.detect(images, sizes)
+    for i in range(2):
+        one = {**first({name: value[i : i + 1] for name, value in found.items()})}
+        assert_same(
+            {**one, "num_detections": one["count"]}, {name: value[i].numpy() for name, value in expected.items()}
+        )
+    for weight, old in zip(net.weights, before, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), old)
+
+
+def test_a_keras_backbone_runs_as_it_is(tmp_path):
+    inputs = keras.Input((None, None, 3))
+    outputs, x = {}, keras.layers.Conv2D(8, 3, 4, "same")(inputs)
+    for name in ("c3", "c4", "c5"):
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization()(keras.layers.Conv2D(8, 3, 2, "same")(x)))
+        outputs[name] = x
+    keras.utils.set_random_seed(0)
+    net = RetinaNet(2, keras.Model(inputs, outputs), fpn_channels=16, head_depth=1, prior=0.3, categories=CATEGORIES)
+    kernel = net.class_subnet.final.kernel
+    kernel.assign(np.random.default_rng(0).normal(0, 0.2, kernel.shape))
+    detect, _ = detector.of_export(export.export_model(net, CONFIG, tmp_path))
+    assert_same(first(detect(picture(SIZES[0])[None])), own_path(net, picture(SIZES[0])))
+
+
+def test_bfloat16_is_an_export_of_half_the_size_with_nearly_the_same_scores(model, saved, tmp_path):
+    small = export.export_model(model, CONFIG, tmp_path, precision="bfloat16")
+    image = picture(SIZES[0])[None]
+    found, expected = (first(detector.of_export(path)[0](image)) for path in (small, saved))
+    assert found["scores"].dtype == found["boxes"].dtype == np.float32
+    np.testing.assert_allclose(found["scores"], expected["scores"], atol=0.03)
+    assert not np.array_equal(found["scores"], expected["scores"])
+    sizes = [(path / "variables/variables.data-00000-of-00001").stat().st_size for path in (small, saved)]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_the_warm_up_requests_run(saved):
+    loaded = tf.saved_model.load(str(saved))
+    logs = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        for record in tf.data.TFRecordDataset(str(saved / "assets.extra/tf_serving_warmup_requests"))
+    ]
+    requests = [log.predict_log.request for log in logs]
+    assert sorted({r.model_spec.signature_name for r in requests}) == ["serving_bytes", "serving_default"]
+    for request in requests:
+        inputs = {name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
+        found = loaded.signatures[request.model_spec.signature_name](**inputs)
+        assert found["boxes"].shape == (1, 100, 4)
+
+
+def test_the_model_card(model, tmp_path):
+    config = config_from_dict({"data": {"short_side": 96, "max_side": 128}, "serving": {"license": "CC <BY> 4.0"}})
+    saved = export.export_model(model, config, tmp_path, metrics={"val": {"AP": 0.25}})
+    card = json.loads((saved / "assets.extra/model_card.json").read_text())
+    assert card["config"] == config.to_dict() and card["metrics"] == {"val": {"AP": 0.25}}
+    assert card["license"]["weights"] == "CC <BY> 4.0" and card["model"]["parameters"] == model.count_params()
+    signature = tf.saved_model.load(str(saved)).signatures["serving_default"]
+    assert set(card["outputs"]) == set(signature.structured_outputs)
+    page = (saved / "assets.extra/model_card.html").read_text()
+    assert "CC &lt;BY&gt; 4.0" in page and "0.25" in page and "http" not in page.split("</style>")[0]
+    check = ["sha256sum", "--check", "--quiet", "assets.extra/SHA256SUMS"]
+    assert subprocess.run(check, cwd=saved).returncode == 0
+    with open(saved / "saved_model.pb", "ab") as file:
+        file.write(b"!")
+    assert subprocess.run(check, cwd=saved, capture_output=True).returncode == 1
+
+
+def test_the_card_claims_nothing_that_is_not_known(model, saved):
+    card = describe(model, CONFIG, run=False)
+    assert card["metrics"] == "not measured" and "not known" in card["config"]
+    assert "not stated" in card["license"]["weights"]

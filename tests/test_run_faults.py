@@ -188,7 +188,7 @@ def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config,
     with pytest.raises(DataError, match=r"val_000001.jpg is \d+x\d+ .* its annotation says"):
         list(evaluator.detect_split(model, dataset, settings))
     with pytest.raises(DataError, match=r"val_000001.jpg is"):
-        list(evaluator.detect_split_by_export(detector.of_model(model, settings.data), dataset, settings))
+        list(evaluator.detect_split_by_export(detector.of_model(model, settings), dataset, settings))
 
 
 def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):

@@ -50,6 +50,7 @@ TABLE = (
     ("data.image_files", "data.listing"),
     ("data.reach",),
     ("data.inspection",),
+    ("serving.headers", "serving.warmup", "serving.card", "serving.inference", "serving.onnx"),
     ("serving.export",),
     ("serving.detector",),
     ("serving.messages",),

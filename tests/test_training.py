@@ -51,7 +51,7 @@ def test_the_export_of_a_run_finds_what_the_run_finds(finished):
     folder, _ = finished
     settings, model = load_run(folder.path)
     export, categories = detector.of_export(folder.export / "1")
-    own = detector.of_model(model, settings.data)
+    own = detector.of_model(model, settings)
     assert categories == folder.categories()
     image = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), "uint8")
     assert own(image)["num_detections"] == [100]

@@ -9,13 +9,13 @@ from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.serving.export import CATEGORIES_FILE, signatures
 
 
-def of_model(model, data):
-    """A detector of a RetinaNet and the DataConfig of its image sizes.
+def of_model(model, config):
+    """A detector of a RetinaNet and the Config of its image sizes.
 
     Returns:
         a function from uint8 images [B, H, W, 3] to the NumPy dict of `export.signatures`.
     """
-    graph = tf.function(signatures(model, data)[0], input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8)])
+    graph = signatures(model, config)[0]
     return lambda images: {name: value.numpy() for name, value in graph(images).items()}
 
 

@@ -10,18 +10,24 @@ import tensorflow as tf
 
 from retinanet_keras.data import pipeline, sources
 from retinanet_keras.data.coco import Categories
+from retinanet_keras.serving import card, headers, inference, warmup
 
-CATEGORIES_FILE = Path("assets.extra") / "categories.json"  # a folder that TensorFlow leaves alone
+CATEGORIES_FILE = card.EXTRA / "categories.json"
 
 
-def export_model(model, config, folder, version=None):
+def export_model(model, config, folder, version=None, *, precision=None, metrics=None, run=True):
     """Write a SavedModel with the signatures `serving_default` and `serving_bytes`.
+
+    Beside the graph lie, in `assets.extra`, the categories, a model card, and TF Serving's warm-up requests.
 
     Args:
         model: a RetinaNet with `categories`.
-        config: a Config, for the size images are resized to.
+        config: a Config, for the size images are resized to, and `serving`.
         folder: the base path for TF Serving.
         version: its subfolder, replaced where it exists; None: the next free number.
+        precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
+        metrics: {split: metrics} of these weights, for the card; None: not measured.
+        run: whether `config` is also that of the training, which the card then shows.
 
     Returns:
         the path of the SavedModel.
@@ -30,52 +36,67 @@ def export_model(model, config, folder, version=None):
     if version is None:
         version = max(versions(folder), default=0) + 1
     target, partial = folder / str(version), folder / f".{version}.partial"
-    images, image_bytes = signatures(model, config.data)
+    images, image_bytes = signatures(model, config, precision)
     archive = keras.export.ExportArchive()  # without `track`, which would store every weight twice
-    archive.add_endpoint("serving_default", images, [tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")])
-    archive.add_endpoint("serving_bytes", image_bytes, [tf.TensorSpec([None], tf.string, name="image_bytes")])
+    archive.add_endpoint("serving_default", images)
+    archive.add_endpoint("serving_bytes", image_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     archive.write_out(str(partial), verbose=False)
-    (partial / CATEGORIES_FILE).parent.mkdir()
+    (partial / card.EXTRA).mkdir(exist_ok=True)
     (partial / CATEGORIES_FILE).write_text(json.dumps(model.categories, indent=1) + "\n")
+    warmup.write(partial / card.EXTRA / warmup.FILE)
+    card.write(partial, model, config, precision=precision, metrics=metrics, run=run)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return target
 
 
-def signatures(model, data):
-    """The functions behind the two signatures.
+def signatures(model, config, precision=None):
+    """The functions behind the two signatures, of the weights that the model has now.
 
     Args:
         model: a RetinaNet with `categories`.
-        data: a DataConfig.
+        config: a Config.
+        precision: as for `export_model`.
 
     Returns:
-        (images, image_bytes): from uint8 [B, H, W, 3] and from encoded strings [B] to a dict of boxes [B, D, 4],
-        x1, y1, x2, y2 in pixels of the image given, scores [B, D], labels, category_ids and names [B, D], and
-        num_detections [B]. Rows past num_detections: box 0, score 0, label and category id -1, name "".
+        (images, image_bytes), tf.functions: from uint8 [B, H, W, 3] and from encoded strings [B] to a dict of boxes
+        [B, D, 4], x1, y1, x2, y2 in pixels of the image given, scores [B, D], labels, category_ids and names [B, D],
+        and num_detections [B]. Rows past num_detections: box 0, score 0, label and category id -1, name "".
     """
+    data, max_pixels = config.data, config.serving.max_pixels
     categories = Categories.from_list(model.categories)
-    ids, names = tf.constant([*categories.ids, -1], tf.int64), tf.constant([*categories.names, ""])
+    ids, names = [*categories.ids, -1], [*categories.names, ""]
+    detect = inference.detect_function(model, precision)
 
-    def images(images):
+    def search(images):
         canvas, size, scale = pipeline.fit(images, data.short_side, data.max_side)
-        found = model.detect_in_graph(canvas, tf.tile(size[None], [tf.shape(images)[0], 1]))
+        found = detect(canvas, tf.tile(size[None], [tf.shape(images)[0], 1]))
         row = tf.where(found["labels"] >= 0, found["labels"], len(categories))  # the last is for "nothing"
         return {
             "boxes": pipeline.to_original(found["boxes"], scale, tf.shape(images)[1:3]),
             "scores": found["scores"],
             "labels": found["labels"],
-            "category_ids": tf.gather(ids, row),
-            "names": tf.gather(names, row),
+            "category_ids": tf.gather(tf.constant(ids, tf.int64), row),
+            "names": tf.gather(tf.constant(names), row),
             "num_detections": found["count"],
         }
 
+    # Saving traces a tf.function again, but not a concrete one: both signatures call the same, which has the weights.
+    image_spec = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
+    search = tf.function(search, input_signature=[image_spec], autograph=False).get_concrete_function()
+    search.keep_alive = detect  # a graph alone does not hold its variables
+
+    @tf.function(input_signature=[image_spec], autograph=False)
+    def images(images):
+        return search(images)
+
     def one(encoded):
-        found = images(sources.decode(encoded)[None])
+        found = search(sources.decode(headers.checked(encoded, max_pixels))[None])
         return {name: value[0] for name, value in found.items()}
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
     def image_bytes(image_bytes):
         """Each image on its own canvas, so that what is found in it does not depend on its neighbours."""
         d = model.detection.max_detections

@@ -11,11 +11,12 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from retinanet_keras.data import coco, pipeline, sources
+from retinanet_keras.serving import inference
 
 PARTS = ("input", "network", "post_processing")  # of the time of an image
 
 
-def detect_split(model, dataset, config, **how):
+def detect_split(model, dataset, config, *, folded=True, **how):
     """Run a model over a dataset, each image on its own canvas, images of equal canvas in batches.
 
     Under MirroredStrategy the replicas take turns at the batches, which stay what they are on one device.
@@ -24,13 +25,14 @@ def detect_split(model, dataset, config, **how):
         model: a RetinaNet.
         dataset: a CocoDataset.
         config: a Config.
+        folded: by the graph of an export, which is sooner done, but is traced anew by each call.
         how: as for `_run`.
 
     Yields:
         (image_id, boxes [n, 4], scores [n], labels [n]) of each image: NumPy, boxes in the image's own pixels.
     """
     plan = pipeline.inference_plan(dataset.sizes, config.eval.batch_size, config.data)
-    return _run(functools.partial(_by_model, model, dataset, config.data), dataset, plan, **how)
+    return _run(functools.partial(_by_model, model, folded, dataset, config.data), dataset, plan, **how)
 
 
 def detect_split_by_export(detect, dataset, config, **how):
@@ -67,7 +69,7 @@ def _run(compute, dataset, plan, *, label="Evaluating", unfinished=None, speed=N
                 bar.update(len(batch))
 
 
-def _by_model(model, dataset, data, plan):
+def _by_model(model, folded, dataset, data, plan):
     strategy = model.distribute_strategy
     # Of several workers the chief evaluates alone: the others have not the same step to take.
     mirrored = type(strategy) is tf.distribute.MirroredStrategy
@@ -75,7 +77,7 @@ def _by_model(model, dataset, data, plan):
 
     def on_all(function):
         run = (lambda *args: strategy.run(function, args=args)) if mirrored else function
-        return tf.function(run, reduce_retracing=True)
+        return tf.function(run, reduce_retracing=True, autograph=False)
 
     def give(values):
         if not mirrored:
@@ -89,7 +91,14 @@ def _by_model(model, dataset, data, plan):
         nested = tf.nest.map_structure(lambda v: [x.numpy() for x in strategy.experimental_local_results(v)], values)
         return [{name: value[replica] for name, value in nested.items()} for replica in range(replicas)]
 
-    network, decode = on_all(model.outputs_in_graph), on_all(model.decode_in_graph)
+    if folded:
+        with strategy.scope():
+            graphs = [on_all(half) for half in inference.halves(model)]
+    else:  # kept: a training evaluates again and again
+        graphs = model.evaluation_graphs = model.evaluation_graphs or [
+            on_all(half) for half in (model.outputs_in_graph, model.decode_in_graph)
+        ]
+    network, decode = graphs
     batches, seen = iter(pipeline.inference_batches(dataset, plan, data)), set()
     clock = _Clock()
     while group := list(itertools.islice(batches, replicas)):
@@ -97,8 +106,8 @@ def _by_model(model, dataset, data, plan):
         shapes = tuple(images.shape for images, _ in group)
         images, sizes = give([images for images, _ in group]), give([about["size"] for _, about in group])
         outputs = network(images, sizes)
-        for local in strategy.experimental_local_results(outputs["deltas"]):
-            local[:, :1].numpy()  # waits
+        for last in tf.nest.flatten(outputs["deltas"], expand_composites=True):
+            last[:, :1].numpy()  # waits
         clock.lap("network")
         results = take(decode(outputs, images, sizes))
         clock.lap("post_processing")

@@ -16,9 +16,9 @@ from retinanet_keras.settings import ConfigError
 
 # What may change from one start of a run to the next without making it another run.
 FREE_TO_CHANGE = (
-    "data.dir", "data.bad_images", "eval.", "detection.", "strategy.", "train.iterations", "train.learning_rate",
-    "train.drops", "train.clip_norm", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-    "train.jit_compile",
+    "data.dir", "data.bad_images", "eval.", "serving.", "detection.", "strategy.", "train.iterations",
+    "train.learning_rate", "train.drops", "train.clip_norm", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every", "train.jit_compile",
 )  # fmt: skip
 LOG_COLUMNS = (
     "step", "loss", "classification_loss", "box_loss", "positives", "learning_rate", "gradient_norm",

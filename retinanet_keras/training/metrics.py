@@ -48,7 +48,7 @@ class CocoMetrics(keras.callbacks.Callback):
     def evaluate(self, model, label="Validating"):
         """Detect and score; the metrics. `label`: of the progress bar over a CocoDataset."""
         if isinstance(self.data, CocoDataset):
-            found = evaluator.detect_split(model, self.data, self.config, label=label)
+            found = evaluator.detect_split(model, self.data, self.config, folded=False, label=label)
             self.records = outputs.collect(found, self.data)
             self.metrics = outputs.score(self.records, self.data, self.config)
         else:

@@ -157,7 +157,8 @@ def _finish(model, config, folder, test_set, began):
     about = {"model": folder.path.name, "weights": str(folder.path)}
     metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed))
     curves.training_curves(folder.log_rows(), folder.curves_file)
-    export_dir = export_model(model, config, folder.export, version=1)
+    measured = {split: metrics} if metrics else None
+    export_dir = export_model(model, config, folder.export, version=1, metrics=measured)
     if metrics:
         print(f"\n{evaluation.format_metrics(metrics)}\n")
     _summarise(folder, out, export_dir, began)

@@ -1,0 +1,102 @@
+"""How large an encoded image says it is, from its first bytes, in TensorFlow's graph: what would fill the memory is
+refused before anything is decoded."""
+
+import tensorflow as tf
+
+START = 32  # bytes in which PNG, GIF, BMP and WebP say their size
+
+
+def checked(encoded, max_pixels):
+    """The bytes, where the image they hold has at most so many pixels, those of all frames of a GIF counted.
+
+    Args:
+        encoded: string scalar, JPEG, PNG, GIF, BMP or WebP; others pass, and fail in decoding.
+
+    Raises, when run:
+        InvalidArgumentError: the image is larger, or its header is cut off.
+    """
+    found = pixels(encoded)
+    fits = tf.debugging.Assert(
+        found <= max_pixels, ["expected an image of at most", max_pixels, "pixels, its header says", found]
+    )
+    with tf.control_dependencies([fits]):
+        return tf.identity(encoded)
+
+
+def pixels(encoded):
+    """How many pixels will be decoded, int64 scalar; 0 for a format that is not known."""
+    data = tf.io.decode_raw(encoded, tf.uint8, fixed_length=START)  # zeros where it is shorter
+    data = tf.cast(tf.ensure_shape(data, [START]), tf.int64)
+
+    def begins(text, at=0):
+        return tf.reduce_all(data[at : at + len(text)] == list(text))
+
+    return tf.case(
+        [
+            (begins(b"\xff\xd8\xff"), lambda: _jpeg(encoded)),
+            (begins(b"\x89PNG"), lambda: _big(data[16:20]) * _big(data[20:24])),
+            (begins(b"GIF8"), lambda: _gif(encoded)),
+            (begins(b"BM"), lambda: tf.abs(_signed(data[18:22])) * tf.abs(_signed(data[22:26]))),
+            (begins(b"RIFF") & begins(b"WEBP", 8), lambda: _webp(data, begins)),
+        ],
+        default=lambda: tf.constant(0, tf.int64),
+    )
+
+
+def _jpeg(encoded):
+    return tf.reduce_prod(tf.image.extract_jpeg_shape(encoded, tf.int64)[:2])
+
+
+def _webp(data, begins):
+    """The three kinds of WebP: lossy and lossless have 14 bits a side, the extended format 24."""
+    lossy = (_little(data[26:28]) % 2**14) * (_little(data[28:30]) % 2**14)
+    packed = _little(data[21:25])
+    lossless = (packed % 2**14 + 1) * (packed // 2**14 % 2**14 + 1)
+    extended = (_little(data[24:27]) + 1) * (_little(data[27:30]) + 1)
+    return tf.where(begins(b"VP8X", 12), extended, tf.where(begins(b"VP8L", 12), lossless, lossy))
+
+
+def _gif(encoded):
+    """The pixels of all frames: TensorFlow's decoder holds them all, whatever the screen's size, to return the first.
+
+    A walk over the blocks: header and colours, then extensions (0x21) and frames (0x2C), each followed by sub-blocks
+    that begin with their length, up to one of length 0.
+    """
+    data = tf.io.decode_raw(encoded, tf.uint8)
+    end = tf.size(data)
+
+    def at(place):
+        return tf.cast(data[tf.minimum(place, end - 1)], tf.int64)
+
+    def colors(flags):  # bytes of a table of colours
+        return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(tf.constant(2, tf.int64), flags % 8), 0)
+
+    def step(place, inside, total):
+        kind = at(place)
+        side = [at(place + 5 + 2 * i) + 256 * at(place + 6 + 2 * i) for i in (0, 1)]
+        frame, extension = ~inside & (kind == 0x2C), ~inside & (kind == 0x21)
+        table = tf.cast(colors(at(place + 9)), tf.int32)
+        length = tf.cast(kind, tf.int32)
+        move = tf.where(inside, 1 + length, tf.where(frame, 11 + table, tf.where(extension, 2, end)))
+        return (
+            place + move,
+            tf.where(inside, kind != 0, frame | extension),
+            total + tf.where(frame, side[0] * side[1], 0),
+        )
+
+    first = 13 + tf.cast(colors(at(10)), tf.int32)
+    start = (first, tf.constant(False), tf.constant(0, tf.int64))
+    return tf.while_loop(lambda place, *_: place < end, step, start, parallel_iterations=1)[2]
+
+
+def _little(data):
+    return tf.reduce_sum(data * [256**i for i in range(data.shape[0])])
+
+
+def _big(data):
+    return _little(data[::-1])
+
+
+def _signed(data):
+    value = _little(data)
+    return tf.where(value >= 2**31, value - 2**32, value)

@@ -1,0 +1,168 @@
+"""A RetinaNet's detection as TensorFlow's graph optimizer likes it: the same values as `RetinaNet.detect`, sooner.
+
+- Batch normalisation is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
+  conv, its bias and the ReLU after it then are one kernel.
+- The kernels of most of the work are constants, which oneDNN lays out once for its own use. Those of res4, res5, P6 and
+  P7, three quarters of a ResNet-50's, stay variables: little time would be won, and loading would take longer.
+- Padding is the convs' own, levels are never joined, and the sigmoid is of survivors only.
+
+The model itself is left as it is; training goes on with its own weights.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from retinanet_keras import anchors, detections
+
+EARLY = ("stem", "res2", "res3")
+
+
+def detect_function(model, precision=None):
+    """`RetinaNet.detect_in_graph` of the weights that a model has now.
+
+    Args:
+        model: a RetinaNet. A backbone given to it as a Keras model runs as it is, nothing in it folded.
+        precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
+
+    Returns:
+        a function for one graph: images [B, H, W, 3] of 0..255 and sizes [B, 2], height and width before padding, to
+        the dict of `RetinaNet.detect`.
+    """
+    network, decode = halves(model, precision)
+    return lambda images, sizes: decode(network(images, sizes), images, sizes)
+
+
+def halves(model, precision=None):
+    """`detect_function` as two: `network` of (images, sizes), `decode` of (what that gives, images, sizes)."""
+    dtype = tf.as_dtype(precision or model.compute_dtype)
+    backbone, pyramid = _backbone(model, dtype), _pyramid(model.pyramid, dtype)
+    class_subnet, box_subnet = (_subnet(subnet, dtype) for subnet in (model.class_subnet, model.box_subnet))
+    settings = dataclasses.asdict(model.detection)
+    multiple = settings.pop("pad_multiple")
+
+    def network(images, sizes):
+        x = model.normalise(images, multiple, tf.cast(sizes, tf.float32))
+        levels = pyramid(backbone(tf.cast(x, dtype)))
+        return {"logits": class_subnet(levels), "deltas": box_subnet(levels)}
+
+    def decode(outputs, images, sizes):
+        sizes = tf.cast(sizes, tf.float32)
+        padded = (-(-side // multiple) * multiple for side in tf.unstack(tf.shape(images)[1:3]))
+        boxes = anchors.anchors_by_level(*padded, model.anchors)
+        return detections.decode_levels(
+            outputs["logits"], outputs["deltas"], boxes, sizes[:, 0], sizes[:, 1], **settings
+        )
+
+    return network, decode
+
+
+def compiled(model, precision=None):
+    """`detect_function`, to be called with batches of pixels: as `RetinaNet.detect`, and `sizes` as there."""
+    spec = [tf.TensorSpec([None, None, None, 3], tf.uint8), tf.TensorSpec([None, 2], tf.float32)]
+    graph = tf.function(detect_function(model, precision), input_signature=spec, autograph=False)
+    return lambda images, sizes: graph(images, tf.cast(sizes, tf.float32))
+
+
+def _backbone(model, dtype):
+    """Normalised images [B, H, W, 3] -> dict of c3, c4 and c5."""
+    net = model.backbone
+    if not model.own_backbone:
+        return lambda x: {name: tf.cast(c, dtype) for name, c in net(x, training=False).items()}
+    norms = {id(layer.input): layer for layer in net.layers if isinstance(layer, keras.layers.BatchNormalization)}
+    convs = {
+        layer.name: _Conv(layer, dtype, norms.get(id(layer.output)), constant=layer.name.startswith(EARLY))
+        for layer in net.layers
+        if isinstance(layer, keras.layers.Conv2D)
+    }
+
+    def run(layer, inputs):
+        if layer.name in convs:
+            return convs[layer.name](*inputs)
+        if isinstance(layer, (keras.layers.BatchNormalization, keras.layers.ZeroPadding2D)):
+            return inputs[0]  # the conv before, and the conv or the pool after it, have done that
+        if isinstance(layer, keras.layers.ReLU):
+            return tf.nn.relu(inputs[0])
+        if isinstance(layer, keras.layers.Add):
+            return inputs[0] + inputs[1]
+        if isinstance(layer, keras.layers.MaxPooling2D):
+            return tf.nn.max_pool2d(inputs[0], layer.pool_size, layer.strides, _explicit(layer.pool_size[0]))
+        return tf.cast(layer(*inputs), dtype)  # group normalisation, the striding of thin layers
+
+    def forward(x):
+        values = {id(net.input): x}
+        for layer in net.layers[1:]:  # inputs first
+            inputs = layer.input if isinstance(layer.input, list) else [layer.input]
+            values[id(layer.output)] = run(layer, [values[id(tensor)] for tensor in inputs])
+        return {name: values[id(tensor)] for name, tensor in net.output.items()}
+
+    return forward
+
+
+def _pyramid(pyramid, dtype):
+    """c3, c4 and c5 -> p3 ... p7, as `FeaturePyramid`."""
+    laterals = {name: _Conv(layer, dtype) for name, layer in pyramid.laterals.items()}
+    outputs = {name: _Conv(layer, dtype, constant=True) for name, layer in pyramid.outputs_.items()}
+    to_p6, to_p7 = _Conv(pyramid.p6, dtype), _Conv(pyramid.p7, dtype)
+
+    def doubled(x):
+        return tf.raw_ops.ResizeNearestNeighbor(images=x, size=2 * tf.shape(x)[1:3])
+
+    def forward(features):
+        merged = {"c5": laterals["c5"](features["c5"])}
+        for name, above in (("c4", "c5"), ("c3", "c4")):
+            merged[name] = laterals[name](features[name]) + doubled(merged[above])
+        levels = [outputs[name](merged[name]) for name in ("c3", "c4", "c5")]
+        p6 = to_p6(features["c5"] if pyramid.p6_source == "c5" else levels[-1])
+        return [*levels, p6, to_p7(tf.nn.relu(p6))]
+
+    return forward
+
+
+def _subnet(subnet, dtype):
+    """p3 ... p7 -> a list of float32 [B, A_l, values], as `Subnet`."""
+    tower = [_Conv(layer, dtype, constant=True) for layer in subnet.tower]
+    final = _Conv(subnet.final, dtype, constant=True)
+
+    def forward(levels):
+        outputs = []
+        for x in levels:
+            for i, conv in enumerate(tower):
+                x = conv(x)
+                x = tf.nn.relu(tf.cast(subnet.norms[i](x), dtype) if subnet.norms else x)
+            x = tf.reshape(final(x), (tf.shape(x)[0], -1, subnet.values))
+            outputs.append(tf.cast(x, tf.float32))
+        return outputs
+
+    return forward
+
+
+class _Conv:
+    """A conv with weights of its own, the batch normalisation after it folded in."""
+
+    def __init__(self, layer, dtype, norm=None, constant=False):
+        kernel = layer.kernel.numpy().astype("float64")
+        bias = layer.bias.numpy() if layer.use_bias else None
+        if norm is not None:
+            scale = norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy().astype("float64") + norm.epsilon)
+            kernel, bias = kernel * scale, norm.beta.numpy() - norm.moving_mean.numpy() * scale
+        weights = [None if w is None else w.astype(dtype.as_numpy_dtype) for w in (kernel, bias)]
+        if not constant:
+            weights = [None if w is None else tf.Variable(w, trainable=False) for w in weights]
+        self.kernel, self.bias = weights
+        self.strides = layer.strides
+        self.padding = _explicit(layer.kernel_size[0]) if layer.strides != (1, 1) else "SAME"
+
+    def __call__(self, x):
+        if isinstance(self.kernel, np.ndarray):  # one constant, however many levels use it: there is one graph
+            self.kernel, self.bias = (None if w is None else tf.constant(w) for w in (self.kernel, self.bias))
+        x = tf.nn.conv2d(x, self.kernel, self.strides, self.padding)
+        return x if self.bias is None else tf.nn.bias_add(x, self.bias)
+
+
+def _explicit(size):
+    """Padding alike on all sides; TensorFlow's "SAME" with a stride is not."""
+    side = [(size - 1) // 2] * 2
+    return [[0, 0], side, side, [0, 0]] if size > 1 else "VALID"

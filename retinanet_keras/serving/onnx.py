@@ -1,0 +1,48 @@
+"""The images signature as an ONNX file, NMS inside, by tf2onnx."""
+
+import json
+from pathlib import Path
+
+from retinanet_keras.errors import UserError
+
+OPSET = 18
+OUTPUTS = ("boxes", "scores", "labels", "category_ids", "num_detections")
+
+
+class OnnxError(UserError):
+    """An ONNX file that cannot be made."""
+
+
+def write(images, categories, path):
+    """Write an ONNX model of any batch, height and width.
+
+    Args:
+        images: the first of `export.signatures`.
+        categories: list of {"label", "id", "name"}, kept in the file's metadata: ONNX gets no `names`.
+        path: of the file.
+
+    Returns:
+        the path.
+    """
+    try:
+        import tf2onnx
+    except ImportError as error:
+        raise OnnxError(
+            f"ONNX needs packages that are not installed ({error}): pip install tf2onnx onnx onnxruntime"
+        ) from None
+    import tensorflow as tf
+
+    spec = [tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")]
+
+    @tf.function(input_signature=spec)
+    def numbers(images_):
+        found = images.python_function(images_)
+        return {name: tf.identity(found[name], name=name) for name in OUTPUTS}
+
+    model, _ = tf2onnx.convert.from_function(numbers, spec, opset=OPSET)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "categories", json.dumps(categories)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+    return path

@@ -1,0 +1,147 @@
+"""An export outside of this package finds the same: TF Serving's loader in C++, the graph rewriter, ONNX."""
+
+import io
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from retinanet_keras.config import config_from_dict
+from retinanet_keras.data import pipeline
+from retinanet_keras.serving import export
+from retinanet_keras.training.checkpoints import load_run
+
+SIZES = [(96, 64), (64, 96), (80, 80), (50, 120)]  # height, width
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    """(config, model) of a run; its scores are low and different."""
+    return load_run(finished[0].path)
+
+
+@pytest.fixture(scope="module")
+def saved(finished):
+    return finished[0].export / "1"
+
+
+def picture(size, seed=0):
+    rng = np.random.default_rng([seed, *size])
+    return np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), "uint8")).resize(size[::-1], Image.BICUBIC))
+
+
+def own_path(trained, image):
+    """(scores [n], labels [n], boxes [n, 4]) by the model itself, not folded, and evaluation's functions."""
+    config, model = trained
+    canvas, size, scale = pipeline.fit(image[None], config.data.short_side, config.data.max_side)
+    found = model.detect(canvas, size[None])
+    boxes = pipeline.to_original(found["boxes"], scale, image.shape[:2])[0].numpy()
+    n = int(found["count"][0])
+    assert n > 5  # else the comparison would be of nothing
+    return found["scores"][0, :n].numpy(), found["labels"][0, :n].numpy(), boxes[:n]
+
+
+def assert_same(found, expected, score=1e-5, box=0.05):
+    np.testing.assert_allclose(found[0], expected[0], atol=score, rtol=0)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[2], expected[2], atol=box, rtol=0)
+
+
+def as_png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """tests/serve.cc, built against the TensorFlow that is installed."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    out, home = tmp_path_factory.mktemp("serve") / "serve", Path(tf.sysconfig.get_lib())
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-w", f"-I{home}/include", str(Path(__file__).with_name("serve.cc")), "-o", out,
+         f"-L{home}", "-Wl,--no-as-needed", "-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2",
+         f"-Wl,-rpath,{home}"], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_tf_servings_loader_in_cpp(trained, saved, program, tmp_path):
+    """Three images of one size, and a batch of mixed sizes and orientations, after bytes that are no image."""
+    same = [picture(SIZES[0], seed) for seed in range(3)]
+    (tmp_path / "pixels").write_bytes(np.stack(same).tobytes())
+    mixed = [picture(size) for size in SIZES]
+    for i, image in enumerate(mixed):
+        (tmp_path / f"{i}.png").write_bytes(as_png(image))
+    files = [tmp_path / f"{i}.png" for i in range(len(mixed))]
+    height, width = SIZES[0]
+    command = [program, saved, height, width, tmp_path / "pixels", *files]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *lines = done.stdout.strip().split("\n")
+    assert first == f"bad {tf.errors.INVALID_ARGUMENT}"
+    assert [line.split()[0] for line in lines] == ["serving_default"] * 3 + ["serving_bytes"] * 4
+    for line, image in zip(lines, same + mixed, strict=True):
+        _, count, *numbers = line.split()
+        rows = np.array(numbers, "float64").reshape(int(count), 6)
+        assert_same((rows[:, 0], rows[:, 1], rows[:, 2:]), own_path(trained, image))
+
+
+def run_in_session(saved, signature, value, config=None):
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph, config=config) as session:
+        meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(saved)).signature_def[signature]
+        (entry,) = meta.inputs.values()
+        found = session.run({name: output.name for name, output in meta.outputs.items()}, {entry.name: value})
+    return [
+        (found["scores"][i, :n], found["labels"][i, :n], found["boxes"][i, :n])
+        for i, n in enumerate(found["num_detections"])
+    ]
+
+
+def test_the_session_loader_with_mixed_sizes_in_a_batch_and_alone(trained, saved):
+    images = [picture(size) for size in SIZES]
+    for found, image in zip(run_in_session(saved, "serving_bytes", [as_png(i) for i in images]), images, strict=True):
+        assert_same(found, own_path(trained, image))
+        assert_same(run_in_session(saved, "serving_bytes", [as_png(image)])[0], found, 1e-6, 1e-3)
+
+
+def test_the_graph_rewriter_of_mixed_precision(saved):
+    """What `tensorflow_model_server --mixed_precision=bfloat16` sets: scores move by less than bfloat16's steps do."""
+    config = tf.compat.v1.ConfigProto()
+    config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = 1  # RewriterConfig.ON
+    image = picture(SIZES[0])[None]
+    (found,), (exact,) = (run_in_session(saved, "serving_default", image, c) for c in (config, None))
+    assert not np.array_equal(found[0], exact[0])
+    np.testing.assert_allclose(found[0][:20], exact[0][:20], atol=0.02)
+
+
+def test_onnx_finds_the_same(trained, tmp_path):
+    onnx = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    from retinanet_keras.serving.onnx import write
+
+    config, model = trained
+    path = write(export.signatures(model, config)[0], model.categories, tmp_path / "to" / "model.onnx")
+    session = onnx.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert "category" not in session.get_modelmeta().custom_metadata_map
+    assert '"name"' in session.get_modelmeta().custom_metadata_map["categories"]
+    names = [output.name for output in session.get_outputs()]
+    for batch in ([picture(SIZES[0], seed) for seed in range(2)], [picture(SIZES[1])], [picture(SIZES[3])]):
+        found = dict(zip(names, session.run(None, {"images": np.stack(batch)}), strict=True))
+        for i, image in enumerate(batch):
+            n = found["num_detections"][i]
+            assert_same([found[name][i, :n] for name in ("scores", "labels", "boxes")], own_path(trained, image))
+
+
+def test_the_limit_of_pixels_is_the_configurations(trained, tmp_path):
+    config, model = trained
+    small = config_from_dict({**config.to_dict(), "serving": {"max_pixels": 80 * 80}})
+    bytes_of = export.signatures(model, small)[1]
+    assert bytes_of(tf.constant([as_png(picture((80, 80)))]))["boxes"].shape == (1, 100, 4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at most"):
+        bytes_of(tf.constant([as_png(picture((80, 81)))]))

@@ -1,0 +1,92 @@
+"""The size that encoded images declare is read without decoding, and what is too large never is."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from retinanet_keras.serving import headers
+
+WIDTH, HEIGHT = 301, 87
+SAVED = {
+    "jpeg": ("JPEG", {}), "progressive": ("JPEG", {"progressive": True}), "png": ("PNG", {}), "bmp": ("BMP", {}),
+    "webp": ("WEBP", {}), "lossless": ("WEBP", {"lossless": True}), "extended": ("WEBP", {"exif": b"Exif\0\0MM"}),
+    "gif": ("GIF", {}),
+}  # fmt: skip
+
+
+def encoded(kind, size=(HEIGHT, WIDTH), **settings):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), "uint8"))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def animation(frames):
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30), "uint8")) for i in range(frames)]
+    buffer = io.BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:])
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return tf.function(headers.pixels, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_declared_size_is_the_decoded_one(pixels, name):
+    kind, settings = SAVED[name]
+    assert pixels(encoded(kind, **settings)).numpy() == WIDTH * HEIGHT
+
+
+def test_bottom_up_and_top_down_bitmaps(pixels):
+    data = bytearray(encoded("BMP"))
+    data[22:26] = struct.pack("<i", -HEIGHT)
+    assert pixels(bytes(data)).numpy() == WIDTH * HEIGHT
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_all_frames_of_a_gif_count(pixels, frames):
+    assert pixels(animation(frames)).numpy() == frames * 20 * 30
+
+
+@pytest.mark.parametrize("data", [b"", b"G", b"GIF8", b"GIF89a", b"BM", b"\x89PNG", b"RIFF....WEBPVP8 ", b"nothing"])
+def test_a_header_that_is_cut_off_is_small_or_an_error(pixels, data):
+    assert pixels(data).numpy() <= 1
+
+
+def test_a_giant_is_refused_by_its_header_alone():
+    """Its 10 gigapixels would be 30 GB."""
+    check = tf.function(lambda data: headers.checked(data, 1_000_000), autograph=False)
+    giants = {
+        "png": (encoded("PNG"), 16, ">II"), "bmp": (encoded("BMP"), 18, "<ii"), "gif": (animation(1), None, "<HH"),
+        "extended": (encoded("WEBP", exif=b"Exif\0\0MM"), None, ""),
+    }  # fmt: skip
+    for name, (data, at, form) in giants.items():
+        changed = bytearray(data)
+        if name == "gif":
+            at = data.index(b"\x2c\0\0\0\0" + struct.pack("<HH", 30, 20)) + 5
+            changed[at : at + 4] = struct.pack(form, 65535, 65535)
+        elif name == "extended":
+            changed[24:30] = b"\x9f\x86\x01" * 2  # 100,000 less 1
+        else:
+            changed[at : at + 8] = struct.pack(form, 100_000, 100_000)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="at most"):
+            check(bytes(changed))
+    jpeg = bytearray(encoded("JPEG"))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", 65000, 65000)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at most"):
+        check(bytes(jpeg))
+    assert check(encoded("PNG")).numpy() == encoded("PNG")
+
+
+def test_the_limit_itself_passes():
+    data = encoded("PNG")
+    assert headers.checked(data, WIDTH * HEIGHT).numpy() == data
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        headers.checked(data, WIDTH * HEIGHT - 1)
