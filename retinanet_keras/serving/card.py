@@ -67,7 +67,7 @@ def describe(model, config, precision=None, metrics=None, run=True):
             "names": "string [B, D]",
             "num_detections": "int32 [B]; rows past it are empty",
         },  # fmt: skip
-        "metrics": metrics or "not measured",
+        "metrics": _numbers(metrics) if metrics else "not measured",
         "categories": model.categories,
         "license": {
             "graph": "made by retinanet_keras, Apache-2.0",
@@ -76,6 +76,12 @@ def describe(model, config, precision=None, metrics=None, run=True):
         "made_with": {name: metadata.version(name) for name in PARTS},
         "config": config.to_dict() if run else "not known: exported from a file of weights",
     }
+
+
+def _numbers(metrics):
+    """{split: {name: number}}, without what is by class, curves and the like."""
+    plain = (int, float, type(None))
+    return {split: {name: v for name, v in found.items() if isinstance(v, plain)} for split, found in metrics.items()}
 
 
 def _page(card):
