@@ -171,7 +171,7 @@ def test_nothing_in_the_graph_runs_python_or_reads_the_disk(saved):
 
 @pytest.mark.parametrize("settings", [
     {"backbone": "resnet18", "norm": "batch"}, {"backbone": "resnet50", "norm": "frozen", "stride_in": "3x3"},
-    {"backbone": "resnext101_32x8d", "norm": "frozen", "width": 4}, {"backbone": "resnet18", "norm": "group",
+    {"backbone": "resnext101_32x8d", "norm": "frozen", "width": 8}, {"backbone": "resnet18", "norm": "group",
     "head_norm": "group", "p6_source": "p5"},
 ])  # fmt: skip
 def test_the_folded_model_finds_what_the_model_finds(small_model, settings):

@@ -1,8 +1,10 @@
 """An export outside of this package finds the same: TF Serving's loader in C++, the graph rewriter, ONNX."""
 
 import io
+import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from retinanet_keras import commands
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.data import pipeline
+from retinanet_keras.errors import UserError
 from retinanet_keras.serving import export
+from retinanet_keras.serving import onnx as onnx_file
 from retinanet_keras.training.checkpoints import load_run
 
 SIZES = [(96, 64), (64, 96), (80, 80), (50, 120)]  # height, width
@@ -64,8 +69,8 @@ def program(tmp_path_factory):
         pytest.skip("g++ is not installed")
     out, home = tmp_path_factory.mktemp("serve") / "serve", Path(tf.sysconfig.get_lib())
     done = subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-w", f"-I{home}/include", str(Path(__file__).with_name("serve.cc")), "-o", out,
-         f"-L{home}", "-Wl,--no-as-needed", "-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2",
+        ["g++", "-std=c++17", "-O1", "-w", f"-I{home}/include", str(Path(__file__).with_name("serve.cc")), "-o",
+         str(out), f"-L{home}", "-Wl,--no-as-needed", "-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2",
          f"-Wl,-rpath,{home}"], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -121,21 +126,26 @@ def test_the_graph_rewriter_of_mixed_precision(saved):
     np.testing.assert_allclose(found[0][:20], exact[0][:20], atol=0.02)
 
 
-def test_onnx_finds_the_same(trained, tmp_path):
+def test_onnx_finds_the_same(trained, finished, tmp_path):
+    """One file for any batch, height and width, written by the command alone."""
+    pytest.importorskip("tf2onnx", reason="the extra `onnx` is not installed")
     onnx = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    from retinanet_keras.serving.onnx import write
-
-    config, model = trained
-    path = write(export.signatures(model, config)[0], model.categories, tmp_path / "to" / "model.onnx")
+    path = tmp_path / "to" / "model.onnx"
+    assert commands.export(None, finished[0].path, onnx=path) == 0
     session = onnx.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert "category" not in session.get_modelmeta().custom_metadata_map
-    assert '"name"' in session.get_modelmeta().custom_metadata_map["categories"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["categories"]) == trained[1].categories
     names = [output.name for output in session.get_outputs()]
     for batch in ([picture(SIZES[0], seed) for seed in range(2)], [picture(SIZES[1])], [picture(SIZES[3])]):
         found = dict(zip(names, session.run(None, {"images": np.stack(batch)}), strict=True))
         for i, image in enumerate(batch):
             n = found["num_detections"][i]
             assert_same([found[name][i, :n] for name in ("scores", "labels", "boxes")], own_path(trained, image))
+
+
+def test_without_its_packages_onnx_says_what_to_install(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(UserError, match="pip install tf2onnx"):
+        onnx_file.write(None, trained[1].categories, tmp_path / "model.onnx")
 
 
 def test_the_limit_of_pixels_is_the_configurations(trained, tmp_path):

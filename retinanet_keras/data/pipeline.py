@@ -27,7 +27,7 @@ def resized(sizes, short_side, max_side):
     """
     sizes = tf.cast(sizes, tf.float32)
     scale = tf.minimum(short_side / tf.reduce_min(sizes, -1), max_side / tf.reduce_max(sizes, -1))
-    target = tf.floor(sizes * scale[..., None] + 0.5)
+    target = tf.floor(sizes * tf.expand_dims(scale, -1) + 0.5)
     return tf.cast(tf.clip_by_value(target, 1.0, float(max_side)), tf.int32), scale
 
 

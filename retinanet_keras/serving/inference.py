@@ -151,15 +151,21 @@ class _Conv:
         weights = [None if w is None else w.astype(dtype.as_numpy_dtype) for w in (kernel, bias)]
         if not constant:
             weights = [None if w is None else tf.Variable(w, trainable=False) for w in weights]
-        self.kernel, self.bias = weights
+        self.weights, self.constant, self.graph = weights, constant, None
         self.strides = layer.strides
         self.padding = _explicit(layer.kernel_size[0]) if layer.strides != (1, 1) else "SAME"
 
     def __call__(self, x):
-        if isinstance(self.kernel, np.ndarray):  # one constant, however many levels use it: there is one graph
-            self.kernel, self.bias = (None if w is None else tf.constant(w) for w in (self.kernel, self.bias))
-        x = tf.nn.conv2d(x, self.kernel, self.strides, self.padding)
-        return x if self.bias is None else tf.nn.bias_add(x, self.bias)
+        kernel, bias = self._constants() if self.constant else self.weights
+        x = tf.nn.conv2d(x, kernel, self.strides, self.padding)
+        return x if bias is None else tf.nn.bias_add(x, bias)
+
+    def _constants(self):
+        """One of each for a graph, however many levels use it there."""
+        graph = tf.compat.v1.get_default_graph()
+        if graph is not self.graph:
+            self.graph, self.tensors = graph, [None if w is None else tf.constant(w) for w in self.weights]
+        return self.tensors
 
 
 def _explicit(size):
