@@ -1,12 +1,14 @@
 """`evaluate.py`: what is to be scored, on which images, and where the results go. All is checked before it begins."""
 
+import functools
 from pathlib import Path
 
 from retinanet_keras import trained
 from retinanet_keras.config import StrategyConfig, load_config
-from retinanet_keras.data import sources
+from retinanet_keras.data import coco, inspection, sources
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.results import evaluation
+from retinanet_keras.results.records import Records
 from retinanet_keras.serving import detector
 from retinanet_keras.training import evaluator, outputs, strategies
 from retinanet_keras.training.checkpoints import load_run
@@ -43,36 +45,54 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
     if of_run:
         _check_model(settings, load_config_of(folder))
     split = split or settings.data.test_split or settings.data.val_split
+    # Only the run's own weights write to the run's own results.
+    given = export or weights or results
+    out = folder.evaluation(f"{split}-{Path(given).name}" if given else split)
     if results:
-        file = sources.annotation_file(settings.data, split)
-        return _told(evaluation.coco_metrics(file, results, library=settings.eval.library))
+        return _of_results(Path(results), settings, split, out)
 
     asked = any(override.startswith("strategy.") for override in overrides)
+    if asked and settings.strategy.kind == "workers":
+        raise RunError('strategy.kind: "workers" train together; expected "auto", "default" or "mirrored" to evaluate')
     strategy = strategies.make(settings.strategy if asked else StrategyConfig())
+    # The model first: what is wrong with it should not be heard of after the download of a dataset.
+    detector_of, categories, state = _detector(strategy, folder, settings, split, weights, export)
     dataset = sources.open_split(settings.data, split)
-    if of_run and folder.categories_file.exists():
-        evaluator.check_categories(dataset, folder.categories())
-    detect, categories, names = _detector(strategy, folder, settings, dataset, weights, export)
     evaluator.check_categories(dataset, categories)
+    inspection.check_files(dataset)
 
-    # Only the run's own weights write to the run's own results.
-    out = folder.evaluation(split if of_run else f"{split}-{Path(export or weights).name}")
-    identity = evaluator.identity(dataset, settings, names)
+    identity = evaluator.identity(dataset, settings, *state)
     unfinished, speed = Unfinished(out / "unfinished.jsonl", identity), {}
     if unfinished.batches:
         print(f"Going on after {sum(map(len, unfinished.batches))} of {len(dataset)} images", flush=True)
-    found = detect(dataset, settings, unfinished=unfinished, speed=speed)
-    about = {"model": Path(export or weights or workdir).name, "weights": str(export or weights or workdir)}
-    records = outputs.collect(found, dataset)
+    records = outputs.collect(detector_of(dataset, settings, unfinished=unfinished, speed=speed), dataset)
+    about = {"model": Path(given or workdir).name, "weights": str(given or workdir)}
     milliseconds = evaluator.milliseconds(speed)
     metrics = outputs.write(out, records, dataset, settings, split, about, milliseconds)
     unfinished.finish()
     if milliseconds:
         parts = (f"{name} {value:.1f}" for name, value in milliseconds.items() if name in evaluator.PARTS)
         print(f"milliseconds an image: {', '.join(parts)}")
-    _told(metrics)
-    print(f"\nwritten to {out}" + ("" if metrics else ": the .zip is what COCO's server takes"))
-    return metrics
+    return _told(metrics, out)
+
+
+def _of_results(file, settings, split, out):
+    """Score a results file; where the images are there, the best and the worst are drawn."""
+    annotations = sources.annotation_file(settings.data, split)
+    if "annotations" not in coco.read(annotations):
+        raise coco.DataError(
+            f"{annotations} has no annotations to score {file} by: COCO's server has those of test-dev"
+        )
+    records = Records.from_json(file)
+    metrics = evaluation.coco_metrics(annotations, records, library=settings.eval.library)
+    try:
+        dataset = sources.open_split(settings.data, split)
+        inspection.check_files(dataset)
+    except coco.DataError:
+        dataset = None
+    about = {"model": file.name, "results": str(file), "annotations": str(annotations)}
+    outputs.write_scored(out, metrics, records, dataset, settings, split, about)
+    return _told(metrics, out)
 
 
 def _check_model(settings, own):
@@ -89,29 +109,33 @@ def _check_model(settings, own):
         )
 
 
-def _detector(strategy, folder, settings, dataset, weights, export):
-    """(a function of (dataset, config, ...) as of `evaluator.detect_split`, Categories, what names the weights)."""
+def _detector(strategy, folder, settings, split, weights, export):
+    """What finds objects, and what it is.
+
+    Returns:
+        a function of (dataset, config, ...) as `evaluator.detect_split`; Categories; (weights, model) as of
+        `evaluator.identity`.
+    """
     if export:
         path = trained.saved_model(export)
         search, categories = detector.of_export(path)
-        files = sorted(path.glob("variables/*"))
-        state = " ".join(
-            f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in (path / "saved_model.pb", *files)
-        )
-        return lambda *args, **kwargs: evaluator.detect_split_by_export(search, *args, **kwargs), categories, state
+        files = (path / "saved_model.pb", *sorted(path.glob("variables/*")))
+        state = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+        return functools.partial(evaluator.detect_split_by_export, search), categories, (state, str(path))
     with strategy.scope():
         if not weights:
             model = load_run(folder.path, settings)[1]
         elif Path(weights).suffix == ".keras":
             model = trained.of_file(weights, "--weights")
         else:
-            model = trained.of_weights(weights, settings, dataset.categories, "--weights")
-    arrays = (variable.numpy() for variable in model.weights)
-    categories = Categories.from_list(model.categories)
-    return lambda *args, **kwargs: evaluator.detect_split(model, *args, **kwargs), categories, arrays
+            model = trained.of_weights(weights, settings, split, "--weights")
+    arrays = [variable.numpy() for variable in model.weights]
+    about = {"model": str(model.get_config()), "precision": model.compute_dtype}
+    return functools.partial(evaluator.detect_split, model), Categories.from_list(model.categories), (arrays, about)
 
 
-def _told(metrics):
+def _told(metrics, out):
     if metrics:
         print(evaluation.format_metrics(metrics))
+    print(f"\nwritten to {out}" + ("" if metrics else ": the .zip is what COCO's server takes"))
     return metrics

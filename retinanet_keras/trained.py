@@ -4,6 +4,7 @@ from pathlib import Path
 
 import keras
 
+from retinanet_keras.data import sources
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.model import RetinaNet
 from retinanet_keras.serving.export import find
@@ -24,11 +25,11 @@ def of_file(path, option):
     return model
 
 
-def of_weights(path, config, categories, option):
-    """The RetinaNet of a configuration with the weights of a .weights.h5 file."""
+def of_weights(path, config, split, option):
+    """The RetinaNet of a configuration, with a split's categories, and the weights of a .weights.h5 file."""
     if not Path(path).is_file():
         raise DataError(f"{option}: there is no file {path}")
-    model = build_model(config, categories)
+    model = build_model(config, sources.open_split(config.data, split).categories)
     try:
         load_weights(model, path)
     except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ def resolve(config, split):
     own = own_file(config, split)
     name = OFFICIAL.get(split, split)
     if own.is_file() or name not in NAMES:
-        return own, _image_folder(config, split)
+        return own, _image_folder(config, split, name)
     folder = image_folder(name)
     file = annotation_file(config, name)
     if file.is_file() and (images := _find(config, folder)):
@@ -64,30 +64,36 @@ def image_folder(name):
     return name.replace("test-dev", "test")
 
 
-def write(path, images, annotations, categories):
-    """Write an annotation file, whole or not at all.
+def write(path, images, annotations, categories, made_of=()):
+    """Write an annotation file, whole or not at all; without any annotation it has no list of them, as test-dev's.
 
     Args:
-        images, categories: lists of COCO's entries.
+        images, categories: lists of COCO's entries; they may grow while annotations come.
         annotations: an iterable of them, written as they come.
+        made_of: JSON-able, kept in the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
-            file.write('{"annotations": [')
-            for number, annotation in enumerate(annotations):
-                file.write(f"{',' if number else ''}\n{json.dumps(annotation)}")
-            file.write(f'],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
+            between = '{"annotations": ['
+            for annotation in annotations:
+                file.write(f"{between}\n{json.dumps(annotation)}")
+                between = ","
+            file.write("],\n" if between == "," else "{")
+            file.write(f'"images": {json.dumps(images)},\n"categories": {json.dumps(categories)},\n')
+            file.write(f'"made_of": {json.dumps(made_of)}}}\n')
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _image_folder(config, split):
-    """Where `data.images` puts a split's images; a folder of the split's own name goes before one shared by all."""
-    return _find(config, split) or Path(config.dir) / config.images.format(split=split)
+def _image_folder(config, split, name):
+    """Where `data.images` puts a split's images; of COCO's splits a folder of their own name goes before that."""
+    place = Path(config.dir) / config.images.format(split=split)
+    official = _find(config, image_folder(name)) if name in NAMES else None
+    return official or (place if place.is_dir() else _find(config, split) or place)
 
 
 def _find(config, folder):
@@ -111,19 +117,22 @@ def _from_2014(config, name):
             f"{name} from COCO's files of 2014 needs {', '.join(map(str, needed))}; there is no {', '.join(missing)}. "
             f"The ids of minival are those in {official.name} (or in Detectron's {detectron.name})"
         )
+    folders = {year: _find(config, year) for year in files}
     target = Path(config.dir) / DERIVED / f"instances_{name}_of_2014.json"
-    if target.is_file() and target.stat().st_mtime >= max(file.stat().st_mtime for file in needed):
+    made_of = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in needed]
+    made_of += [str(folder) for folder in folders.values()]
+    if target.is_file() and coco.read(target).get("made_of") == made_of:
         return target
 
     minival = {image["id"] for image in coco.read(ids_file)["images"]}
     images, annotations, categories = [], [], []
     for year in ["val2014"] if name == "val2017" else ["train2014", "val2014"]:
-        folder, tree = _find(config, year), coco.read(files[year])
+        folder, tree = folders[year], coco.read(files[year])
         if folder is None:
             raise DataError(f"{name} from COCO's files of 2014: there is no folder {Path(config.dir) / year}")
         kept = {i["id"] for i in tree["images"] if year == "train2014" or (i["id"] in minival) == (name == "val2017")}
-        prefix = folder.relative_to(config.dir)
-        images += [{**i, "file_name": str(prefix / i["file_name"])} for i in tree["images"] if i["id"] in kept]
+        prefix = os.path.relpath(folder, config.dir)
+        images += [{**i, "file_name": os.path.join(prefix, i["file_name"])} for i in tree["images"] if i["id"] in kept]
         annotations += [
             {key: value for key, value in a.items() if key != "segmentation"}
             for a in tree["annotations"]
@@ -133,5 +142,5 @@ def _from_2014(config, name):
     absent = len(minival - {image["id"] for image in images}) if name == "val2017" else 0
     if absent:
         raise DataError(f"{files['val2014']} lacks {absent} of the {len(minival)} images of {ids_file}")
-    write(target, images, annotations, categories)
+    write(target, images, annotations, categories, made_of)
     return target

@@ -5,9 +5,13 @@ annotation file in COCO's format. From then on an image is so many bytes of a fi
 order, and all that is written for COCO files serves these sets too.
 """
 
+import contextlib
 import difflib
 import io
+import logging
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,8 @@ from tqdm import tqdm
 from retinanet_keras.data import coco, splits
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.errors import first_line
+
+logger = logging.getLogger("retinanet_keras")
 
 # COCO's category ids, 80 of 1 to 90, in the order of TFDS's labels.
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
@@ -43,8 +49,10 @@ def open_split(config, split, *, keep_empty=True):
     Raises:
         DataError: naming what is missing.
     """
-    annotation_file, index = _prepare(config, split)
+    annotation_file, index, left_out = _prepare(config, split)
     dataset = coco.load(annotation_file, config.dir, keep_empty=keep_empty)
+    # In the order of ids: a training goes on as it was when the official file takes the place of the derived one.
+    dataset = dataset.subset([i for i in np.argsort(dataset.image_ids) if dataset.image_ids[i] not in left_out])
     order = np.argsort(index["image_ids"])
     place = np.searchsorted(index["image_ids"], dataset.image_ids, sorter=order)
     place = order[np.minimum(place, len(order) - 1)]  # [N]
@@ -54,31 +62,42 @@ def open_split(config, split, *, keep_empty=True):
             f"{annotation_file} lists {len(dataset)} images, of which the TFDS set {config.name} lacks {len(absent)} "
             f"in {split}, such as {absent[0]}. Are both of one release?"
         )
+    if keep_empty and len(dataset) + len(left_out) < len(order) and dataset.labelled:
+        logger.warning("%s lists %d of the %d images in %s of %s", annotation_file, len(dataset), len(order), split,
+                       config.name)  # fmt: skip
     files = [str(index["files"][i]) for i in index["file_of"][place]]
     return coco.with_spans(dataset, files, index["spans"][place])
 
 
 def annotation_file(config, split):
     """The annotations of a split: the official JSON where it is given, else the one made of the set's examples."""
-    return _prepare(config, split)[0]
+    official = _official(config, split)
+    return official if official and official.is_file() else _prepare(config, split)[0]
+
+
+def _official(config, split):
+    """Where the official annotations of one of COCO's splits would be; None for other splits and sets."""
+    name = splits.OFFICIAL.get(split, split)
+    return splits.annotation_file(config, name) if name in splits.NAMES and config.name.startswith("coco") else None
 
 
 def _prepare(config, split):
-    """(annotation file, index of the images among which its own are)."""
-    name = splits.OFFICIAL.get(split, split)
-    pools = POOLS.get(config.name.split(":")[0], {})
-    official = splits.annotation_file(config, name) if name in splits.NAMES else splits.own_file(config, split)
-    builder = _builder(config)
+    """(annotation file, index of the images among which its own are, ids of images of the file to leave out)."""
+    builder, name, official = _builder(config), splits.OFFICIAL.get(split, split), _official(config, split)
+    pools = POOLS.get(f"{builder.info.name}/{builder.builder_config.name if builder.builder_config else ''}", {})
     pool = pools.get(name, split)
     index, derived = _index(builder, config, pool)
-    if official.is_file():
-        return official, index
-    if name in pools and (name.startswith("test") or "+" in pool or pools is POOLS["coco/2014"]):
+    if official and official.is_file():
+        return official, index, ()
+    val2017 = splits.annotation_file(config, "val2017")
+    if pools is POOLS["coco/2014"] and name == "train2017" and val2017.is_file():
+        return derived, index, {image["id"] for image in coco.read(val2017)["images"]}
+    if name in pools and (name.startswith("test") or pools is POOLS["coco/2014"]):
         raise DataError(
             f"{split} of {config.name}: which images of the set's {pool} belong to it is said by COCO's own file, "
             f"which is expected at {official}"
         )
-    return derived, index
+    return derived, index, ()
 
 
 def _builder(config):
@@ -137,14 +156,14 @@ def _index(builder, config, pool):
             raise DataError(
                 f"{config.name} has no split {split}, but {', '.join(builder.info.splits)} ({first_line(error)})"
             ) from None
-    state = [f"{part.filename}:{part.skip}:{part.take}:{os.path.getsize(part.filename)}" for part in parts]
-    for folder in (Path(builder.data_dir) / splits.DERIVED, _cache(builder)):
-        slug = "".join(c if c.isalnum() else "_" for c in pool)
+    home = Path(builder.data_dir)
+    state = [f"{Path(p.filename).name}:{p.skip}:{p.take}:{os.path.getsize(p.filename)}" for p in parts]
+    slug = "".join(c if c.isalnum() else "_" for c in pool) + f"-{zlib.crc32(pool.encode()):08x}"
+    for folder in (home / splits.DERIVED, _cache(builder)):
         derived, saved = folder / f"instances_{slug}.json", folder / f"{slug}.npz"
-        if saved.is_file() and derived.is_file():
-            with np.load(saved) as file:
-                if file["state"].tolist() == state:
-                    return dict(file), derived
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(saved) as file:
+            if file["state"].tolist() == state and derived.is_file():
+                return {**file, "files": [home / name for name in file["files"]]}, derived
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
@@ -152,8 +171,10 @@ def _index(builder, config, pool):
         except OSError:
             continue
         index = _go_through(builder, parts, derived)
-        np.savez(saved, state=state, **index)
-        return index, derived
+        partial = folder / f".{slug}.{os.getpid()}.npz"
+        np.savez(partial, state=state, **index)
+        os.replace(partial, saved)
+        return {**index, "files": [home / name for name in index["files"]]}, derived
     raise DataError(f"Neither {builder.data_dir} nor {_cache(builder)} can be written, for the index of the images")
 
 
@@ -169,8 +190,8 @@ def _go_through(builder, parts, derived):
     features = builder.info.features
     names = features["objects"]["label"].names
     category_ids = COCO_IDS if builder.info.name == "coco" and len(names) == 80 else range(1, len(names) + 1)
-    own_ids = "image/id" in features
-    files = list(dict.fromkeys(str(part.filename) for part in parts))
+    own_ids = "image/id" in features and np.issubdtype(features["image/id"].np_dtype, np.integer)
+    files = list(dict.fromkeys(Path(part.filename).name for part in parts))
     images, where, spans = [], [], []
 
     def annotations():
@@ -182,12 +203,18 @@ def _go_through(builder, parts, derived):
                     bar.update()
                     example = features.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
                     encoded = example["image"]
-                    with Image.open(io.BytesIO(encoded)) as image:  # reads the header
-                        width, height = image.size
                     image_id = int(example["image/id"]) if own_ids else len(images) + 1
                     file_name = example.get("image/filename", b"").decode() or str(image_id)
+                    try:
+                        with Image.open(io.BytesIO(encoded)) as image:  # reads the header
+                            width, height = image.size
+                    except OSError as error:
+                        raise DataError(
+                            f"{part.filename}: image {image_id} ({file_name}) cannot be read: {first_line(error)}. "
+                            "Prepare the set again"
+                        ) from None
                     images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-                    where.append(files.index(str(part.filename)))
+                    where.append(files.index(Path(part.filename).name))
                     spans.append((start + record.index(encoded), len(encoded)))
                     for annotation in _annotations_of(example["objects"], height, width, category_ids):
                         number += 1
@@ -221,6 +248,8 @@ def _annotations_of(objects, height, width, category_ids):
     """
     corners = np.asarray(objects["bbox"], np.float64).reshape(-1, 4) * (height, width, height, width)
     for number, (y1, x1, y2, x2) in enumerate(np.round(corners, 3).tolist()):
+        if objects["label"][number] < 0:  # TFDS's "unknown"
+            continue
         box = [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]
         left_out = any(bool(objects[key][number]) for key in ("is_crowd", "is_difficult") if key in objects)
         yield {

@@ -14,7 +14,7 @@ from retinanet_keras.results.evaluation import IOUS, MEANINGS, METRICS
 PICTURE_SIDE = 640  # longer side of a picture in pixels; two panels lie beside each other in it
 JPEG_QUALITY = 82
 STAGES = {
-    "input": "reading, decoding and resizing the image",
+    "input": "waiting for the image, which is read, decoded and resized ahead",
     "network": "the forward pass",
     "post_processing": "decoding of boxes and non-maximum suppression",
 }

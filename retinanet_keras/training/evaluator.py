@@ -111,12 +111,13 @@ def _by_model(model, folded, dataset, data, plan):
         clock.lap("network")
         results = take(decode(outputs, images, sizes))
         clock.lap("post_processing")
-        seconds = clock.restart()
+        seconds = clock.seconds
         for (_, about), found in zip(group, results, strict=False):  # fewer at the end
             boxes = pipeline.to_original(found["boxes"], about["scale"], about["original_size"]).numpy()
             batch = _images(about["image_id"].numpy(), {**found, "boxes": boxes}, found["count"])
             yield batch, {part: value / len(group) for part, value in seconds.items()} if shapes in seen else {}
         seen.add(shapes)
+        clock.restart()
 
 
 def _by_export(detect, dataset, plan):
@@ -125,28 +126,24 @@ def _by_export(detect, dataset, plan):
         clock.lap("input")
         found = detect(images)
         clock.lap("network")
-        seconds = clock.restart()
-        yield (
-            _images(about["image_id"].numpy(), found, found["num_detections"]),
-            seconds if images.shape in seen else {},
-        )
+        batch = _images(about["image_id"].numpy(), found, found["num_detections"])
+        yield batch, clock.seconds if images.shape in seen else {}
         seen.add(images.shape)
+        clock.restart()
 
 
 class _Clock:
     """Seconds between laps, by name."""
 
     def __init__(self):
-        self.seconds, self.start = {}, time.perf_counter()
+        self.restart()
 
     def lap(self, name):
         now = time.perf_counter()
         self.seconds[name], self.start = now - self.start, now
 
     def restart(self):
-        """The laps so far."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+        self.seconds, self.start = {}, time.perf_counter()
 
 
 def _images(ids, found, counts):
@@ -162,10 +159,11 @@ def milliseconds(speed):
     return {**parts, "images_per_second": 1000 / sum(parts.values())}
 
 
-def identity(dataset, config, weights):
-    """What an evaluation depends on, JSON-able: the images, the sizes they are given, the weights.
+def identity(dataset, config, weights, model):
+    """What an evaluation depends on, JSON-able: the images, the sizes they are given, the model and its weights.
 
     Args:
+        model: JSON-able, what its weights do not tell.
         weights: NumPy arrays, or a text that names them.
     """
     digest = hashlib.sha256()
@@ -175,7 +173,7 @@ def identity(dataset, config, weights):
     return {
         "annotations": dataset.annotation_file, "images": hashlib.sha256(dataset.image_ids).hexdigest(),
         "sizes": [data.short_side, data.max_side], "batch": config.eval.batch_size,
-        "detection": config.to_dict()["detection"], "weights": digest.hexdigest(),
+        "detection": config.to_dict()["detection"], "model": model, "weights": digest.hexdigest(),
     }  # fmt: skip
 
 
@@ -195,6 +193,8 @@ def _naming_bad_files(dataset):
     """TensorFlow's input errors as one that names the files."""
     try:
         yield
+    except tf.errors.ResourceExhaustedError:
+        raise
     except tf.errors.OpError:
         problems = sources.unusable_images(dataset, np.arange(len(dataset)))
         if not problems:

@@ -51,8 +51,8 @@ def write(folder, records, dataset, config, split, about, speed=None):
         metrics = None
         if dataset.labelled:
             metrics = score(records, dataset, config)
-            evaluation.write_metrics(folder / "metrics.json", metrics)
-            _write_report(folder / "report.html", records, dataset, config, split, metrics, about, speed)
+            about = {**about, "annotations": dataset.annotation_file}
+            write_scored(folder, metrics, records, dataset, config, split, about, speed)
         else:
             _write_submission(folder, dataset, about)
         if config.eval.pictures:
@@ -60,6 +60,22 @@ def write(folder, records, dataset, config, split, about, speed=None):
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror or error})") from None
     return metrics
+
+
+def write_scored(folder, metrics, records, dataset, config, split, about, speed=None):
+    """Write metrics.json and report.html. `dataset`: None where the images are not there; none are drawn then."""
+    ends = {"best": [], "worst": []}
+    if dataset is not None:
+        place = {int(image_id): i for i, image_id in enumerate(dataset.image_ids)}
+        ranked = metrics["images"]
+        for end, pictures in ends.items():
+            for row in ranked[end]:
+                picture = _compare(dataset, records, place[row["image_id"]], ranked["min_score"])
+                pictures.append((report.caption(row), picture))
+    evaluation.write_metrics(folder / "metrics.json", metrics)
+    about = {**about, "split": split, "scored by": config.eval.library}
+    title = f"{about['model']} on {split}"
+    report.write_report(folder / "report.html", metrics, title=title, about=about, speed=speed, **ends)
 
 
 def comparisons(dataset, records, count):
@@ -82,18 +98,6 @@ def _draw_pictures(folder, dataset, records, count):
         draw.save(folder / f"{image_id}.jpg", picture)
         pictures.append(picture)
     draw.save(folder / "grid.png", draw.grid(pictures, columns=2))
-
-
-def _write_report(path, records, dataset, config, split, metrics, about, speed):
-    place = {int(image_id): i for i, image_id in enumerate(dataset.image_ids)}
-    ranked = metrics["images"]
-    best, worst = (
-        [(report.caption(row), _compare(dataset, records, place[row["image_id"]], ranked["min_score"])) for row in rows]
-        for rows in (ranked["best"], ranked["worst"])
-    )
-    about = {**about, "split": split, "annotations": dataset.annotation_file, "scored by": config.eval.library}
-    title = f"{about['model']} on {split}"
-    report.write_report(path, metrics, title=title, about=about, speed=speed, best=best, worst=worst)
 
 
 def _write_submission(folder, dataset, about):

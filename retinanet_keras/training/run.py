@@ -10,7 +10,7 @@ import time
 import keras
 import numpy as np
 
-from retinanet_keras.data import inspection, sources
+from retinanet_keras.data import coco, inspection, sources
 from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import callbacks, evaluator, outputs, strategies
@@ -74,6 +74,11 @@ def _open_splits(config):
     val_set = sources.open_split(data, data.val_split)
     test_split = data.test_split or data.val_split
     test_set = val_set if test_split == data.val_split else sources.open_split(data, test_split)
+    if config.eval.every and not val_set.labelled:
+        raise coco.DataError(
+            f"{val_set.annotation_file} has no annotations, so data.val_split={data.val_split} tells nothing of a "
+            "training. Name another, or set eval.every=0"
+        )
     for other in (val_set, test_set):
         evaluator.check_categories(other, train_set.categories)
         inspection.check_files(other)
@@ -174,8 +179,10 @@ def _summarise(folder, out, export_dir, began):
         "training curves": folder.curves_file, "log": folder.log_file, "TensorBoard": folder.tensorboard,
         "checkpoints": folder.checkpoints, "SavedModel": export_dir,
     }  # fmt: skip
+    rows["submission"] = next(out.glob("*.zip"), out / "none")
     for name, path in rows.items():
-        print(f"{name:>16}  {path}")
+        if path.exists():
+            print(f"{name:>16}  {path}")
     speeds = [row["images_per_second"] for row in folder.log_rows() if "images_per_second" in row]
     print(f"{'time':>16}  {seconds // 60:.0f} min {seconds % 60:.0f} s, this start")
     print(f"{'speed':>16}  {np.median(speeds):.1f} images/s in training, median")
