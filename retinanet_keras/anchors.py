@@ -47,7 +47,7 @@ def cell_anchors(stride, config=AnchorConfig()):  # noqa: B008 (frozen)
 
 def grid(height, width, stride):
     """(rows, columns) of a level for an image of height x width pixels: partial cells count."""
-    return -(-height // stride), -(-width // stride)
+    return (height + stride - 1) // stride, (width + stride - 1) // stride
 
 
 def level_sizes(height, width, config=AnchorConfig()):  # noqa: B008

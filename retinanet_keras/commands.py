@@ -12,7 +12,7 @@ from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.results import draw, table
 from retinanet_keras.serving import detector
-from retinanet_keras.serving.export import export_model, signatures
+from retinanet_keras.serving.export import export_model, search_function
 from retinanet_keras.serving.onnx import write as write_onnx
 from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run
@@ -76,7 +76,7 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
         metrics = _metrics(RunFolder(workdir), config.data) if workdir else None
         print(f"written to {export_model(model, config, to, precision=precision, metrics=metrics, run=bool(workdir))}")
     if onnx:
-        print(f"written to {write_onnx(signatures(model, config, precision)[0], model.categories, onnx)}")
+        print(f"written to {write_onnx(search_function(model, config, precision), model.categories, onnx)}")
     return 0
 
 

@@ -130,7 +130,8 @@ def _detector(strategy, folder, settings, split, weights, export):
         else:
             model = trained.of_weights(weights, settings, split, "--weights")
     arrays = [variable.numpy() for variable in model.weights]
-    about = {"model": str(model.get_config()), "precision": model.compute_dtype}
+    settings = {name: value for name, value in model.get_config().items() if name != "name"}  # Keras counts those
+    about = {"model": str(settings), "precision": model.compute_dtype}
     return functools.partial(evaluator.detect_split, model), Categories.from_list(model.categories), (arrays, about)
 
 

@@ -303,7 +303,7 @@ class RetinaNet(keras.Model):
                 columns[None, None] < sizes[:, 1:, None]
             )  # [B, H, W]
             x = ops.where(inside[..., None], x, 0.0)
-        bottom, right = -height % multiple, -width % multiple
+        bottom, right = ((multiple - side % multiple) % multiple for side in (height, width))
         if not (isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0):
             x = ops.pad(x, [[0, 0], [0, bottom], [0, right], [0, 0]])
         return x

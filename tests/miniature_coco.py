@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image
-from tensorflow_datasets.core.download import checksums
+from tensorflow_datasets.core.download.download_manager import DownloadManager
 from tensorflow_datasets.core.download.downloader import _Downloader
 
 NAMES = (
@@ -101,10 +101,26 @@ def archives(root):
     infos = as_json(**{
         "image_info_test2017": tree(TEST, labelled=False), "image_info_test-dev2017": tree(TEST_DEV, labelled=False)
     })  # fmt: skip
-    contents = {
+    write_archives(root, {
         "train2017": jpegs("train2017", TRAIN), "val2017": jpegs("val2017", VAL), "test2017": jpegs("test2017", TEST),
         "annotations_trainval2017": trees, "image_info_test2017": infos,
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def archives_2014(root):
+    """COCO's zip files of 2014, with the images of `layout_2014`."""
+    splits = {"train2014": TRAIN[3:], "val2014": (*VAL, *TRAIN[:3]), "test2014": TEST[:1], "test2015": TEST[1:]}
+    prefixes = {name: f"COCO_{name}_" for name in splits}
+    trees = {name: tree(ids, labelled=name[:4] != "test", prefix=prefixes[name]) for name, ids in splits.items()}
+    write_archives(root, {
+        **{name: jpegs(name, ids, prefixes[name]) for name, ids in splits.items()},
+        "annotations_trainval2014": as_json(**{f"instances_{n}": trees[n] for n in ("train2014", "val2014")}),
+        **{f"image_info_{n}": as_json(**{f"image_info_{n}": trees[n]}) for n in ("test2014", "test2015")},
+    })  # fmt: skip
+
+
+def write_archives(root, contents):
+    """Zip files by name, of {path: content}."""
     root.mkdir(parents=True, exist_ok=True)
     for name, files in contents.items():
         with zipfile.ZipFile(root / f"{name}.zip", "w") as archive:
@@ -123,7 +139,6 @@ def downloads_from(mirror):
 
     with (
         mock.patch.object(_Downloader, "_sync_download", fetch),
-        mock.patch.object(checksums, "get_all_url_infos", dict),
-        mock.patch.object(checksums, "load_url_infos", lambda path: {}),
+        mock.patch.object(DownloadManager, "_register_or_validate_checksums"),
     ):
         yield

@@ -86,6 +86,8 @@ def test_evaluate_an_export_and_a_results_file_give_the_runs_numbers(finished, r
         assert of_export[name] == (expected if expected is None else pytest.approx(expected, abs=1e-3))
         assert of_file[name] == expected
     assert (run_copy / "eval/val-export/metrics.json").exists()
+    assert json.loads((run_copy / "eval/val-results.json/metrics.json").read_text()) == of_file
+    assert "<img" in (run_copy / "eval/val-results.json/report.html").read_text()
     assert json.loads((run_copy / "eval/val/metrics.json").read_text()) == finished[1]  # not written over
 
 

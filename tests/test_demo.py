@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from retinanet_keras.results.evaluation import METRICS
+from retinanet_keras.training.checkpoints import load_run
+
+RESULTS = "eval/test/results.json"
 ROOT = Path(__file__).parents[1]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
 
@@ -26,5 +30,11 @@ def test_shapes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not BCCD.exists(), reason=f"needs the blood cell images in {BCCD}")
 def test_bccd(tmp_path):
-    metrics = train("bccd", tmp_path / "run", BCCD)
+    run = tmp_path / "run"
+    metrics = train("bccd", run, BCCD)
     assert metrics["AP50"] >= 0.8 and metrics["AP"] >= 0.48
+    load_run(run)[1].save(run / "model.keras")
+    for given in (["--export", run / "export"], ["--weights", run / "model.keras"], ["--results", run / RESULTS]):
+        subprocess.run([sys.executable, "evaluate.py", "--workdir", run, *given], cwd=ROOT, check=True)
+        found = json.loads((run / f"eval/test-{given[1].name}/metrics.json").read_text())
+        assert [found[name] for name in METRICS] == pytest.approx([metrics[name] for name in METRICS], abs=5e-4)

@@ -165,7 +165,9 @@ def test_the_weights_are_stored_once(model, saved):
 
 def test_nothing_in_the_graph_runs_python_or_reads_the_disk(saved):
     graph = saved_model_pb2.SavedModel.FromString((saved / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def
-    inside = {node.op for function in graph.library.function for node in function.node_def}
+    asked = [f for f in graph.library.function if "traced_save" not in f.signature.name]
+    asked = [f for f in asked if "traced_restore" not in f.signature.name]  # loading itself reads the variables' file
+    inside = {node.op for function in asked for node in function.node_def}
     assert "Conv2D" in inside and not {op for op in inside if "Py" in op or "File" in op}
 
 

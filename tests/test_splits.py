@@ -179,3 +179,44 @@ def test_a_damaged_image_in_a_tfrecord_is_named(tfds_dir, tmp_path):
     broken = coco.with_spans(dataset, [str(tmp_path / "damaged")] * len(dataset), dataset.spans)
     problems = sources.unusable_images(broken, np.arange(len(broken)))
     assert len(problems) == 1 and f"image {dataset.image_ids[2]} in {tmp_path}/damaged cannot be read" in problems[0]
+
+
+def test_coco_2014_through_tfds_holds_the_papers_splits(files, tmp_path):
+    """minival is picked by val2017's ids, trainval35k is all the rest; the tests' images come from TFDS's test2015."""
+    miniature.archives_2014(tmp_path / "mirror")
+    config = data_config(tmp_path / "data", "tfds", name="coco/2014")
+    with miniature.downloads_from(tmp_path / "mirror"):
+        with pytest.raises(DataError, match="minival of coco/2014: .* expected at .*instances_val2017.json"):
+            sources.open_split(config, "minival")
+    (tmp_path / "data/annotations").mkdir()
+    val2017 = (files / "annotations/instances_val2017.json").read_bytes()
+    (tmp_path / "data/annotations/instances_val2017.json").write_bytes(val2017)
+    for split in ("trainval35k", "minival"):
+        check_same(sources.open_split(config, split), sources.open_split(data_config(files), split))
+
+
+def test_an_index_that_was_cut_off_is_made_again(tfds_dir):
+    config = data_config(tfds_dir, "tfds")
+    expected = sources.open_split(config, "validation")
+    (saved,) = (tfds_dir / "coco/2017/1.1.0/retinanet_keras").glob("validation-*.npz")
+    saved.write_bytes(saved.read_bytes()[:100])
+    check_same(sources.open_split(config, "validation"), expected)
+
+
+def test_a_split_without_objects_has_no_labels(tfds_dir):
+    dataset = sources.open_split(data_config(tfds_dir, "tfds"), "test")
+    assert len(dataset) == len(miniature.TEST) and not dataset.labelled
+
+
+def test_folders_of_ones_own_are_where_the_configuration_says(files, tmp_path):
+    """`images/train/x.jpg` as `train/x.jpg` in `images`, and a folder of the split's name beside it."""
+    tree = json.loads((files / "annotations/instances_val2017.json").read_text())
+    for image in tree["images"]:
+        image["file_name"] = f"train/{image['file_name']}"
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(tree))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/train").symlink_to(files / "val2017")
+    (tmp_path / "train").mkdir()
+    dataset = sources.open_split(data_config(tmp_path), "train")
+    assert sources.unusable_images(dataset, np.arange(len(dataset))) == []

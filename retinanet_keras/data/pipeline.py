@@ -33,7 +33,7 @@ def resized(sizes, short_side, max_side):
 
 def padded(size):
     """The next multiples of 32; size: ints or integer tensors [..., 2]."""
-    return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
+    return (size + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE  # ONNX rounds negative quotients up
 
 
 def fit(images, short_side, max_side, canvas=None):

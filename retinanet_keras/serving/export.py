@@ -65,7 +65,38 @@ def signatures(model, config, precision=None):
         [B, D, 4], x1, y1, x2, y2 in pixels of the image given, scores [B, D], labels, category_ids and names [B, D],
         and num_detections [B]. Rows past num_detections: box 0, score 0, label and category id -1, name "".
     """
-    data, max_pixels = config.data, config.serving.max_pixels
+    max_pixels = config.serving.max_pixels
+    search = search_function(model, config, precision)
+    spec = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
+    # Saving traces a tf.function again, but not a concrete one: both signatures call the same, which has the weights.
+    graph = tf.function(search, input_signature=[spec], autograph=False).get_concrete_function()
+    graph.keep_alive = search  # a graph alone does not hold its variables
+
+    @tf.function(input_signature=[spec], autograph=False)
+    def images(images):
+        return graph(images)
+
+    def one(encoded):
+        found = graph(sources.decode(headers.checked(encoded, max_pixels))[None])
+        return {name: value[0] for name, value in found.items()}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
+    def image_bytes(image_bytes):
+        """Each image on its own canvas, so that what is found in it does not depend on its neighbours."""
+        d = model.detection.max_detections
+        spec = {
+            "boxes": tf.TensorSpec([d, 4], tf.float32), "scores": tf.TensorSpec([d], tf.float32),
+            "labels": tf.TensorSpec([d], tf.int32), "category_ids": tf.TensorSpec([d], tf.int64),
+            "names": tf.TensorSpec([d], tf.string), "num_detections": tf.TensorSpec([], tf.int32),
+        }  # fmt: skip
+        return tf.map_fn(one, image_bytes, fn_output_signature=spec, parallel_iterations=1)
+
+    return images, image_bytes
+
+
+def search_function(model, config, precision=None):
+    """The function within `signatures`, for one graph: images [B, H, W, 3] to the dict that is described there."""
+    data = config.data
     categories = Categories.from_list(model.categories)
     ids, names = [*categories.ids, -1], [*categories.names, ""]
     detect = inference.detect_function(model, precision)
@@ -83,31 +114,7 @@ def signatures(model, config, precision=None):
             "num_detections": found["count"],
         }
 
-    # Saving traces a tf.function again, but not a concrete one: both signatures call the same, which has the weights.
-    image_spec = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
-    search = tf.function(search, input_signature=[image_spec], autograph=False).get_concrete_function()
-    search.keep_alive = detect  # a graph alone does not hold its variables
-
-    @tf.function(input_signature=[image_spec], autograph=False)
-    def images(images):
-        return search(images)
-
-    def one(encoded):
-        found = search(sources.decode(headers.checked(encoded, max_pixels))[None])
-        return {name: value[0] for name, value in found.items()}
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
-    def image_bytes(image_bytes):
-        """Each image on its own canvas, so that what is found in it does not depend on its neighbours."""
-        d = model.detection.max_detections
-        spec = {
-            "boxes": tf.TensorSpec([d, 4], tf.float32), "scores": tf.TensorSpec([d], tf.float32),
-            "labels": tf.TensorSpec([d], tf.int32), "category_ids": tf.TensorSpec([d], tf.int64),
-            "names": tf.TensorSpec([d], tf.string), "num_detections": tf.TensorSpec([], tf.int32),
-        }  # fmt: skip
-        return tf.map_fn(one, image_bytes, fn_output_signature=spec, parallel_iterations=1)
-
-    return images, image_bytes
+    return search
 
 
 def versions(folder):

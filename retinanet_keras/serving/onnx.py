@@ -13,11 +13,11 @@ class OnnxError(UserError):
     """An ONNX file that cannot be made."""
 
 
-def write(images, categories, path):
+def write(search, categories, path):
     """Write an ONNX model of any batch, height and width.
 
     Args:
-        images: the first of `export.signatures`.
+        search: of `export.search_function`.
         categories: list of {"label", "id", "name"}, kept in the file's metadata: ONNX gets no `names`.
         path: of the file.
 
@@ -34,9 +34,9 @@ def write(images, categories, path):
 
     spec = [tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")]
 
-    @tf.function(input_signature=spec)
-    def numbers(images_):
-        found = images.python_function(images_)
+    @tf.function(input_signature=spec, autograph=False)
+    def numbers(images):
+        found = search(tf.cast(images, tf.float32))  # ONNX would resize uint8 to uint8
         return {name: tf.identity(found[name], name=name) for name in OUTPUTS}
 
     model, _ = tf2onnx.convert.from_function(numbers, spec, opset=OPSET)
