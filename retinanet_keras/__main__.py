@@ -110,7 +110,7 @@ def experiments(args):
         print("\n".join(runner.plan(args.name, args.scale, only=args.only, overrides=args.set)))
     elif args.time:
         cli.import_tensorflow()
-        timing.measure(to / "1e")
+        timing.measure(to / "1e", only=args.only)
         print(output.write(to / "1e", "1e", args.scale))
     else:
         runner.run_table(args.name, args.scale, to, only=args.only, seeds=args.seeds, overrides=args.set)

@@ -31,7 +31,7 @@ SMALL = {
 FEW_STEPS = {"train.iterations": 4, "train.batch_size": 2, "train.warmup": 2, "train.log_every": 2, "model.width": 16}
 # §5.1, Network Initialization, is about SGD without clipping; AdamW's steps do not grow with the gradient.
 PLAIN_SGD = {
-    "train.iterations": 300, "train.optimizer": "sgd", "train.learning_rate": 0.01, "train.reference_batch": None,
+    "train.iterations": 300, "train.optimizer": "sgd", "train.learning_rate": 0.01,
     "train.weight_decay": 1e-4, "train.clip_norm": None, "train.log_every": 2,
 }  # fmt: skip
 CE = {"loss.kind": "cross_entropy", "loss.alpha": None}

@@ -17,13 +17,14 @@ from retinanet_keras.results import files
 ASPECT = 4 / 3  # longer over shorter side of the image timed, as most of COCO's
 
 
-def measure(to, *, rounds=5, shrink=1, smaller=None):
+def measure(to, *, only=(), rounds=5, shrink=1, smaller=None):
     """Write time.json: {"about": text, "rows": {row of Table 1e: median milliseconds of forward and post-processing}}.
 
     The rows are timed in turn, again and again, so that what else the machine does meets all of them.
 
     Args:
         to: folder of Table 1e, made where it does not exist.
+        only: rows; empty: all.
         rounds: how often each row is timed.
         shrink: a divisor of the images' sides; above 1 for a trial.
         smaller: settings of RetinaNet that make it smaller, for a trial.
@@ -36,7 +37,7 @@ def measure(to, *, rounds=5, shrink=1, smaller=None):
     from retinanet_keras.model import RetinaNet
 
     models, calls = {}, {}
-    for row in tables.rows("1e", "paper"):
+    for row in tables.rows("1e", "paper", only):
         config = config_from_dict(tables.tree("1e", row, "paper"))
         name = config.model.backbone
         if name not in models:
