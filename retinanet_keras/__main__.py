@@ -1,8 +1,10 @@
 """Commands beside training and evaluation: `python -m retinanet_keras VERB`."""
 
 import argparse
+from pathlib import Path
 
 from retinanet_keras import cli, config, settings
+from retinanet_keras.experiments import tables
 
 
 def main():
@@ -60,6 +62,19 @@ def main():
     verb = verbs.add_parser("config", help="list every setting, its default, and the default's source")
     verb.set_defaults(call=list_settings)
 
+    verb = verbs.add_parser("experiments", help="train the rows of one of the paper's tables, and set them beside it")
+    verb.add_argument("name", choices=tables.NAMES, help="of the table; text: what the paper says outside of tables")
+    verb.add_argument("--scale", choices=tables.SCALES, default="small", help="default: small, for two CPU cores")
+    verb.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows or groups of rows")
+    verb.add_argument("--seeds", type=int, default=1, help="trainings of each row (default 1)")
+    verb.add_argument("--dry-run", action="store_true", help="one line for each row, and nothing else")
+    verb.add_argument("--time", action="store_true", help="1e: time the ten models of the paper here; no training")
+    verb.add_argument("--to", help="folder; default: runs/experiments/ and the scale")
+    verb.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", help="for all rows, such as data.dir=coco"
+    )
+    verb.set_defaults(call=experiments)
+
     args = parser.parse_args()
     return args.call(args)
 
@@ -107,6 +122,24 @@ def replay(args):
     from retinanet_keras import commands
 
     return commands.replay(args.file)
+
+
+def experiments(args):
+    if args.seeds < 1:
+        raise settings.ConfigError(f"--seeds: expected a number of 1 or more, got {args.seeds}")
+    if args.time and args.name != "1e":
+        raise settings.ConfigError(f"--time: expected table 1e with it, got {args.name}")
+    to = Path(args.to or f"runs/experiments/{args.scale}")
+    from retinanet_keras.experiments import output, runner, timing
+
+    if args.dry_run:
+        print("\n".join(runner.plan(args.name, args.scale, only=args.only, overrides=args.set)))
+    elif args.time:
+        cli.import_tensorflow()
+        timing.measure(to / "1e", only=args.only)
+        print(output.write(to / "1e", "1e", args.scale))
+    else:
+        runner.run_table(args.name, args.scale, to, only=args.only, seeds=args.seeds, overrides=args.set)
 
 
 def list_settings(args):

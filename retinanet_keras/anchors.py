@@ -2,10 +2,14 @@
 
 Flattened as level (P3 first), row, column, then scale 2^(k/n) (outer), then ratio h / w (inner).
 
+`levels` "last" is for the ablation of §5.1 without a pyramid: one level, of C5's stride, whose positions have the
+anchors of all five, the sizes of P3 first.
+
 The paper's anchors are not rounded. Weights trained by other frameworks expect theirs, which are settings: `offset`,
 and `rounding`, "cell" as Detectron's, "integers" as torchvision's.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,17 +19,27 @@ from retinanet_keras.config import AnchorConfig
 
 LEVELS = (3, 4, 5, 6, 7)  # §4: P3 to P7
 STRIDES = tuple(2**level for level in LEVELS)
+LAST_STRIDE = 32  # of C5
 
 
-def cell_anchors(stride, config=AnchorConfig()):  # noqa: B008 (frozen)
+def strides(config=AnchorConfig()):  # noqa: B008 (frozen)
+    """The strides of the levels that have anchors, in their order."""
+    return (LAST_STRIDE,) if config.levels == "last" else STRIDES
+
+
+def cell_anchors(stride, config=AnchorConfig()):  # noqa: B008
     """The anchors of one cell around its centre.
 
     Args:
         stride: of the level, in pixels.
 
     Returns:
-        float32 NumPy [A, 4], offsets x1, y1, x2, y2 from the centre in pixels, A = scales x ratios.
+        float32 NumPy [A, 4], offsets x1, y1, x2, y2 from the centre in pixels, A = scales x ratios; on the last ResNet
+        layer five times that.
     """
+    if config.levels == "last":
+        pyramid = dataclasses.replace(config, levels="pyramid")
+        return np.concatenate([cell_anchors(size, pyramid) for size in STRIDES])
     offsets = []
     for k in range(config.scales):
         scale = 2 ** (k / config.scales)
@@ -51,9 +65,9 @@ def grid(height, width, stride):
 
 
 def level_sizes(height, width, config=AnchorConfig()):  # noqa: B008
-    """Number of anchors on each level, P3 first, for an image of height x width pixels (ints or integer tensors)."""
+    """Anchors on each level, the finest first, for an image of height x width pixels (ints or integer tensors)."""
     counts = []
-    for stride in STRIDES:
+    for stride in strides(config):
         rows, columns = grid(height, width, stride)
         counts.append(rows * columns * config.per_cell)
     return counts
@@ -75,7 +89,7 @@ def anchor_boxes(height, width, config=AnchorConfig()):  # noqa: B008
 def anchors_by_level(height, width, config=AnchorConfig()):  # noqa: B008
     """The parts of `anchor_boxes`: float32 [A_l, 4] for each level, P3 first."""
     levels = []
-    for stride in STRIDES:
+    for stride in strides(config):
         rows, columns = grid(height, width, stride)
         across, down = stride, stride
         if config.rounding == "integers":  # whole pixels per cell, though partial cells count: strides drift

@@ -34,6 +34,10 @@ class AnchorConfig:
         0.5, DETECTRON, "where in its cell an anchor's centre is, in strides; 0 for Detectron2 and torchvision",
         at_least=0, at_most=1,
     )  # fmt: skip
+    levels: str = setting(
+        "pyramid", "§4", "of features with anchors: P3 to P7; last: the last ResNet layer alone, with all sizes",
+        choices=("pyramid", "last"),
+    )  # fmt: skip
     rounding: str = setting(
         "none", OURS, "cell: Detectron's, sides rounded at the size of a cell; integers: torchvision's",
         choices=("none", "cell", "integers"),
@@ -42,7 +46,7 @@ class AnchorConfig:
     @property
     def per_cell(self):
         """A of the paper: anchors per position."""
-        return self.scales * len(self.ratios)
+        return self.scales * len(self.ratios) * (5 if self.levels == "last" else 1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class ShapesConfig:
     test_images: int = setting(100, OURS, "images of the split `test`", at_least=1)
     side: int = setting(320, OURS, "longer side of the generated images, in pixels", at_least=64, at_most=4096)
     seed: int = setting(0, OURS, "another seed gives another dataset", at_least=0)
+    objects: int = setting(12, OURS, "most objects in an image; at least one, but for every tenth image", at_least=1)
+    size: tuple[float, float] = setting(
+        (25 / 320, 260 / 320), OURS, "range of the longer side of an object over that of the image", above=0, at_most=1
+    )
+    clutter: int = setting(4, OURS, "most shapes of no class in an image; at least one", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -368,6 +377,12 @@ def _check_together(config):
     data, targets, train = config.data, config.targets, config.train
     if data.scale_jitter[0] > data.scale_jitter[1]:
         raise ConfigError(f"data.scale_jitter: expected the smaller factor first, got {list(data.scale_jitter)}")
+    if data.shapes.size[0] > data.shapes.size[1]:
+        raise ConfigError(f"data.shapes.size: expected the smaller share first, got {list(data.shapes.size)}")
+    if config.anchors.levels == "last" and config.anchors.rounding != "none":
+        raise ConfigError(
+            f'anchors.rounding: expected "none" with anchors.levels "last", got "{config.anchors.rounding}"'
+        )
     if "{split}" not in data.annotations:
         raise ConfigError(f"data.annotations: expected a name with {{split}} in it, got {data.annotations!r}")
     for key, text in (("data.annotations", data.annotations), ("data.images", data.images)):

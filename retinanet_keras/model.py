@@ -14,7 +14,7 @@ from retinanet_keras import backbone as backbones
 from retinanet_keras import detections, losses, objective, pretrained
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig
-from retinanet_keras.pyramid import FeaturePyramid
+from retinanet_keras.pyramid import FeaturePyramid, LastLayer
 from retinanet_keras.subnets import Subnet
 
 PAD_COLOR = tuple(round(mean) for mean in backbones.MEAN)  # RGB; about zero after normalisation
@@ -33,7 +33,8 @@ class RetinaNet(keras.Model):
         backbone: "resnet18", "resnet50", "resnet101", "resnet152" or "resnext101_32x8d"; or a Keras model of its own
             weights, see `backbone.of_keras_model`, to which the settings of ResNets do not apply.
         weights: of the backbone: None for random ones, "imagenet", or a file of `save_weights`.
-        anchors, targets, detection: settings of anchors, of their assignment, and of inference.
+        anchors, targets, detection: settings of anchors, of their assignment, and of inference; anchors.levels "last"
+            also takes the pyramid away.
         fpn_channels: of the pyramid and the subnets.
         head_depth: convs in a subnet before its last.
         prior: initial foreground probability of every anchor, pi of §4.1.
@@ -88,7 +89,10 @@ class RetinaNet(keras.Model):
         }  # fmt: skip
         head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth, "norm": head_norm}
         with _layers_of(self.dtype_policy):
-            self.pyramid = FeaturePyramid(fpn_channels, p6_source, name="pyramid")
+            if anchors.levels == "last":
+                self.pyramid = LastLayer(fpn_channels, name="pyramid")
+            else:
+                self.pyramid = FeaturePyramid(fpn_channels, p6_source, name="pyramid")
             self.class_subnet = Subnet(values=num_classes, prior=prior, name="class_subnet", **head)
             self.box_subnet = Subnet(values=4, name="box_subnet", **head)
         self.classification_tracker = keras.metrics.Mean("classification_loss")
@@ -102,7 +106,7 @@ class RetinaNet(keras.Model):
         if self.built:
             return
         self.pyramid.build({name: tensor.shape for name, tensor in self.backbone.output.items()})
-        levels = [(None, None, None, self.pyramid.channels)] * 5
+        levels = [(None, None, None, self.pyramid.channels)]
         self.class_subnet.build(levels)
         self.box_subnet.build(levels)
         self.built = True

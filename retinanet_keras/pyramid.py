@@ -1,4 +1,4 @@
-"""§4, Feature Pyramid Network Backbone: C3, C4 and C5 to P3 ... P7."""
+"""§4, Feature Pyramid Network Backbone: C3, C4 and C5 to P3 ... P7; and, for the ablation of §5.1, C5 alone."""
 
 import keras
 from keras import layers
@@ -45,6 +45,33 @@ class FeaturePyramid(layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "channels": self.channels, "p6_source": self.p6_source}
+
+
+@keras.saving.register_keras_serializable("retinanet_keras")
+class LastLayer(layers.Layer):
+    """What is left of the pyramid "using features from only the final ResNet layer" (§4): P5's own two convs.
+
+    The paper gives no more of that experiment; the rest is this project's choice: the subnets see this one level, and
+    its positions have the anchors of all levels (`anchors.levels`).
+
+    Call: as `FeaturePyramid` -> list of one level [B, H/32, W/32, channels].
+    """
+
+    def __init__(self, channels=256, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.lateral, self.output_ = _conv(channels, 1, "lateral5"), _conv(channels, 3, "output5")
+
+    def build(self, shapes):
+        self.lateral.build(shapes["c5"])
+        self.output_.build((None, None, None, self.channels))
+        self.built = True
+
+    def call(self, features):
+        return [self.output_(self.lateral(features["c5"]))]
+
+    def get_config(self):
+        return {**super().get_config(), "channels": self.channels}
 
 
 def _conv(channels, size, name, stride=1):

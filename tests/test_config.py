@@ -222,6 +222,15 @@ def test_jitter_has_the_smaller_factor_first():
     assert "data.scale_jitter" in error_of({"data": {"scale_jitter": [2.0, 1.0]}})
 
 
+def test_sizes_of_shapes_have_the_smaller_share_first():
+    assert "data.shapes.size: expected the smaller share first" in error_of({"data": {"shapes": {"size": [0.5, 0.1]}}})
+
+
+@pytest.mark.parametrize("rounding", ["cell", "integers"])
+def test_other_frameworks_have_no_anchors_on_the_last_layer_alone(rounding):
+    assert "anchors.rounding" in error_of({"anchors": {"levels": "last", "rounding": rounding}})
+
+
 def test_annotations_need_the_split():
     assert "{split}" in error_of({"data": {"annotations": "all.json"}})
 

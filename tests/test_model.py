@@ -142,6 +142,21 @@ def test_anchors_follow_their_settings(small_model):
 SHOW_ALL = DetectionConfig(score_threshold=0.02, max_detections=40)
 
 
+def test_a_model_on_the_last_layer_alone(small_model, tmp_path):
+    """Its anchors are those of `anchor_boxes`; it trains, detects, and comes back from its file."""
+    config = AnchorConfig(size=1.0, levels="last")
+    model = lively(small_model(detection=SHOW_ALL, anchors=config))
+    outputs = model(IMAGES)
+    assert outputs["logits"].shape[1] == outputs["deltas"].shape[1] == len(anchor_boxes(64, 64, config)) == 4 * 45
+    found = numpy_of(model.detect(IMAGES))
+    assert (found["count"] > 0).all()
+    model.compile(keras.optimizers.SGD(1e-3))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.anchors == config
+    np.testing.assert_array_equal(numpy_of(again.detect(IMAGES))["boxes"], found["boxes"])
+
+
 def test_detect_is_decode_of_the_outputs(small_model):
     model = lively(small_model(detection=SHOW_ALL))
     found = numpy_of(model.detect(IMAGES))

@@ -1,5 +1,6 @@
 """The generated dataset: deterministic, learnable, and never written over anything."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,9 @@ from retinanet_keras.data import coco, shapes
 from retinanet_keras.data.coco import DataError
 
 SMALL = ShapesConfig(train_images=20, val_images=3, test_images=2, side=128, seed=5)
+
+DEFAULT_LABELS = [4, 1]
+DEFAULT_BOXES = [[128.74, 60.54, 304.84, 236.64], [8.47, 245.37, 57.89, 301.22]]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,29 @@ def test_no_object_is_hidden(rendered):
         for i, box in enumerate(boxes):  # later boxes lie over earlier ones
             corners = np.minimum(boxes[i + 1 :, 2:], box[2:]) - np.maximum(boxes[i + 1 :, :2], box[:2])
             assert np.maximum(corners, 0).prod(axis=1).sum() <= 0.4 * (box[2:] - box[:2]).prod() + 1e-6
+
+
+def test_the_numbers_of_the_default_pictures_stay():
+    """Folders that were generated before serve on: the defaults draw what they drew, here by the boxes alone."""
+    _, boxes, labels = shapes.render(0, "train", 0, 320)
+    assert labels.tolist() == DEFAULT_LABELS
+    np.testing.assert_allclose(boxes, DEFAULT_BOXES, atol=0.01)
+
+
+def test_small_rare_objects_in_clutter():
+    """Rare and small as asked; what lies around them makes the image, and none of it is labelled."""
+    hard = {"objects": 2, "size": (0.07, 0.25), "clutter": 30}
+    rendered = [shapes.render(0, "train", i, 192, **hard) for i in range(60)]
+    counts = [len(boxes) for _, boxes, _ in rendered]
+    assert set(counts) == {0, 1, 2} and counts.count(0) == 6
+    sides = np.concatenate([(boxes[:, 2:] - boxes[:, :2]).max(axis=1) for _, boxes, _ in rendered])
+    assert 0.6 * 0.07 * 192 <= sides.min() and 0.2 * 192 < sides.max() <= 0.25 * 192 + 1e-6
+
+    def change(clutter):  # from pixel to pixel
+        pictures = [shapes.render(0, "train", i, 192, **{**hard, "clutter": clutter})[0] for i in range(20)]
+        return np.mean([np.abs(np.diff(pixels.astype(int), axis=1)).mean() for pixels in pictures])
+
+    assert change(30) > 1.2 * change(1)
 
 
 @pytest.mark.parametrize("kind", shapes.NAMES + shapes.DISTRACTORS)
@@ -116,6 +143,17 @@ def test_generate_once(tmp_path):
     assert mark.read_text() == "changed"
 
 
+def test_a_folder_older_than_a_setting_serves_where_that_is_the_default(tmp_path):
+    config = ShapesConfig(train_images=1, val_images=1, test_images=1, side=64)
+    shapes.generate(tmp_path, config)
+    stamp = json.loads((tmp_path / "shapes.json").read_text())
+    (tmp_path / "shapes.json").write_text(json.dumps({k: v for k, v in stamp.items() if k not in ("objects", "size")}))
+    shapes.generate(tmp_path, config)
+    for changed in ({"objects": 2}, {"size": (0.1, 0.2)}, {"clutter": 9}):
+        with pytest.raises(DataError, match="generated with other settings"):
+            shapes.generate(tmp_path, dataclasses.replace(config, **changed))
+
+
 def test_generate_leaves_other_folders_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="holds other files.*data.dir"):
@@ -126,7 +164,7 @@ def test_generate_leaves_other_folders_alone(tmp_path):
 
 
 def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shapes, "render", stop)

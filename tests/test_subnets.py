@@ -9,7 +9,7 @@ import reference
 from keras import ops
 
 from retinanet_keras.anchors import STRIDES, anchor_boxes
-from retinanet_keras.pyramid import FeaturePyramid
+from retinanet_keras.pyramid import FeaturePyramid, LastLayer
 from retinanet_keras.subnets import Subnet
 
 
@@ -62,6 +62,19 @@ def test_pyramid_equals_numpy(pyramid):
     expected = [conv("output3", m3), conv("output4", m4), conv("output5", m5), p6, p7]
     for ours, theirs in zip(pyramid(given), expected, strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(ours), theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_the_last_layer_alone_is_p5_of_the_pyramid(pyramid):
+    """With P5's weights, P5: nothing of C3, C4 and above is in it."""
+    alone = built(LastLayer(4), {"c5": level(None, None, 7)})
+    for ours, theirs in ((alone.lateral, pyramid.laterals["c5"]), (alone.output_, pyramid.outputs_["c5"])):
+        ours.set_weights([np.random.default_rng(2).normal(size=w.shape) for w in ours.get_weights()])
+        theirs.set_weights(ours.get_weights())
+    given = features(np.random.default_rng(1))
+    (found,) = alone(given)
+    assert tuple(found.shape) == (2, 2, 3, 4)
+    np.testing.assert_allclose(found, pyramid(given)[2], rtol=1e-5)
+    assert type(alone).from_config(alone.get_config()).channels == 4
 
 
 def test_p6_from_p5():

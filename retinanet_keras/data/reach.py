@@ -35,7 +35,7 @@ def best_iou(boxes, canvases, config):
     """
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2  # [M, 2], x, y
     nearest = []
-    for stride in anchors.STRIDES:
+    for stride in anchors.strides(config):
         cells = np.stack(anchors.grid(canvases[:, 1], canvases[:, 0], stride), axis=1)  # [M, 2], columns, rows
         cell = np.clip(centres // stride, 0, cells - 1)  # [M, 2]
         centre = np.tile((cell + 0.5) * stride, 2)[:, None]  # [M, 1, 4]
@@ -73,7 +73,9 @@ def best_iou_of(dataset, config, limit=None):
 
 def anchor_sides(config):
     """Square roots of the areas of the smallest and of the largest anchor of an AnchorConfig, in network pixels."""
-    sides = [math.sqrt(np.prod(a[2:] - a[:2])) for s in anchors.STRIDES for a in anchors.cell_anchors(s, config)]
+    sides = [
+        math.sqrt(np.prod(a[2:] - a[:2])) for s in anchors.strides(config) for a in anchors.cell_anchors(s, config)
+    ]
     return min(sides), max(sides)
 
 

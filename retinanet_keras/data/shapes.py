@@ -16,20 +16,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from retinanet_keras.config import ShapesConfig
 from retinanet_keras.data.coco import DataError
 
 TEXTURE_OF = {"disk": "dots", "triangle": "stripes", "square": "checks", "star": "gradient", "ring": "noise"}
 NAMES = tuple(TEXTURE_OF)
 TEXTURES = (*TEXTURE_OF.values(), "plain")
 DISTRACTORS = ("crescent", "blob", "arc", "zigzag", "letter", "segment")
-MOST_DISTRACTORS = 4
 HUE_RANGE = 0.35  # of the distance between the hues of two classes, to either side
 SPLITS = ("train", "val", "test")
 VERSION = 1  # of the pictures: another one makes a folder that was generated before unfit
 STAMP = "shapes.json"
-SIZES = (25 / 320, 260 / 320)  # longer side of a box over that of the image; log-uniform between
 ASPECTS = (0.7, 0.8, 0.9, 1.0)  # shorter over longer side of an image
-MOST_OBJECTS = 12
 TEXTURE = 120  # largest difference between the two colours of a texture, of 255
 EMPTY_EVERY = 10  # every tenth image has distractors alone
 LEAST_INSIDE = 0.6  # of an object's box
@@ -58,7 +56,7 @@ def generate(directory, config):
         DataError: where the folder exists with anything but these settings' dataset. It is left as it is.
     """
     directory = Path(directory)
-    stamp = {"version": VERSION, **asdict(config)}
+    stamp = {"version": VERSION, **_plain(config)}
     if _is_done(directory, stamp):
         return
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
@@ -79,6 +77,11 @@ def generate(directory, config):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _plain(config):
+    """A ShapesConfig as JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def _is_done(directory, stamp):
     """Whether the folder holds this dataset; a DataError where it holds anything else."""
     advice = "Choose another folder with data.dir, or remove this one."
@@ -89,9 +92,9 @@ def _is_done(directory, stamp):
     if not any(directory.iterdir()):
         return False
     try:
-        there = json.loads((directory / STAMP).read_text())
+        there = {**_plain(ShapesConfig()), **json.loads((directory / STAMP).read_text())}  # it may be older than a key
         changed = [f"{key} {there.get(key)} there, {new} here" for key, new in stamp.items() if there.get(key) != new]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError):
         raise DataError(f"{directory} holds other files than a generated dataset. {advice}") from None
     if changed:
         raise DataError(f"{directory} was generated with other settings: {'; '.join(changed)}. {advice}")
@@ -101,7 +104,9 @@ def _is_done(directory, stamp):
 def _write_split(directory, split, count, config, bar):
     images, annotations = [], []
     for i in range(count):
-        pixels, boxes, labels = render(config.seed, split, i, config.side)
+        pixels, boxes, labels = render(
+            config.seed, split, i, config.side, objects=config.objects, size=config.size, clutter=config.clutter
+        )
         name = f"{split}_{i:06d}.jpg"
         Image.fromarray(pixels).save(directory / "images" / name, quality=90)
         images.append({"id": i + 1, "file_name": name, "width": pixels.shape[1], "height": pixels.shape[0]})
@@ -117,8 +122,16 @@ def _write_split(directory, split, count, config, bar):
     (directory / "annotations" / f"instances_{split}.json").write_text(json.dumps(tree))
 
 
-def render(seed, split, index, side):
+def render(
+    seed, split, index, side, *,
+    objects=ShapesConfig.objects, size=ShapesConfig.size, clutter=ShapesConfig.clutter,
+):  # fmt: skip
     """One image, the same for the same arguments.
+
+    Args:
+        seed, side, objects, size, clutter: of a ShapesConfig; lengths are log-uniform within `size`, those of
+            distractors 0.6 times that.
+        split, index: which image.
 
     Returns:
         uint8 [H, W, 3]; boxes float64 [N, 4], x1, y1, x2, y2 in pixels, tight around each outline where nothing lies
@@ -130,9 +143,9 @@ def render(seed, split, index, side):
         height, width = width, height
     pixels = _background(rng, height, width)
     empty = index % EMPTY_EVERY == EMPTY_EVERY - 1
-    kinds = [] if empty else list(rng.choice(NAMES, rng.integers(1, MOST_OBJECTS + 1)))
-    kinds += list(rng.choice(DISTRACTORS, rng.integers(1, MOST_DISTRACTORS + 1)))
-    lengths = side * np.exp(rng.uniform(*np.log(SIZES), len(kinds)))  # [n] pixels
+    kinds = [] if empty else list(rng.choice(NAMES, rng.integers(1, objects + 1)))
+    kinds += list(rng.choice(DISTRACTORS, rng.integers(1, clutter + 1)))
+    lengths = side * np.exp(rng.uniform(*np.log(size), len(kinds)))  # [n] pixels
     lengths[[kind in DISTRACTORS for kind in kinds]] *= 0.6
     boxes, labels, covered = np.zeros([0, 4]), [], np.zeros([0])
     for i in np.argsort(-lengths):  # the small ones find room on and between the large

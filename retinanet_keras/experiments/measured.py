@@ -1,0 +1,129 @@
+"""What was measured of a table, as numbers, beside what the paper prints."""
+
+import csv
+import dataclasses
+import json
+import re
+import statistics
+
+from retinanet_keras.config import TrainConfig
+from retinanet_keras.experiments import paper, tables
+
+FIRST = "r50_400"  # of Table 1e: times are told relative to it
+
+
+def percent(value):
+    """0..1 as the paper prints it; None as a dash."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def results(place):
+    """{row: {seed: its result.json, with the losses logged}} of a table's folder."""
+    found = {}
+    for file in sorted(place.glob("*/*/result.json")):
+        result = {**json.loads(file.read_text()), "losses": _losses(file.with_name("log.csv"))}
+        found.setdefault(file.parts[-3], {})[int(file.parts[-2])] = result
+    return found
+
+
+def _losses(log):
+    """[(step, loss)] of a run's log.csv."""
+    with open(log, newline="") as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
+
+
+def lines(place, table, scale):
+    """The table: a dict for each row of this scale, and for what the paper took from others.
+
+    `measured` columns are means over the seeds that did not diverge, in percent; `difference` is AP's to the baseline
+    row; time is in milliseconds, and `relative` to the first row.
+    """
+    found, printed_rows = results(place), paper.rows(table)
+    times = json.loads((place / "time.json").read_text()) if (place / "time.json").exists() else {"rows": {}}
+    own = {row.name: row for row in tables.rows(table, scale) if row.group != "search" or row.name in found}
+    means = {name: _mean([100 * one["AP"] for one in found.get(name, {}).values() if one.get("AP") is not None])
+             for name in own}  # fmt: skip
+    rows = []
+    for name in own if table == "text" else printed_rows:
+        theirs = printed_rows.get(name, {})
+        if name not in own:
+            changes = f"another's: {theirs['method']}, {theirs['backbone']}"
+            rows.append({"row": name, "changes": changes, **_of_paper(theirs)})
+            continue
+        against = tables.baseline(table, own[name], scale)
+        than = own.get(against) if against != name else None
+        row = {"row": name, "changes": tables.differs(own[name], scale, than), "baseline": against}
+        row |= _measured(found.get(name, {}))
+        if means[name] is not None and means.get(against) is not None:
+            row["difference"] = means[name] - means[against]
+        row |= _of_paper(theirs, printed_rows.get(against, {}))
+        row |= _times(name, times["rows"], printed_rows)
+        rows.append(row)
+    return rows
+
+
+def _measured(seeds):
+    """Columns of one row's results by seed."""
+    done = [one for one in seeds.values() if "diverged" not in one]
+    row = {"seeds": len(seeds)}
+    for key in paper.METRICS:
+        row[key] = _mean([100 * one[key] for one in done if one[key] is not None])
+    values = [100 * one["AP"] for one in done if one["AP"] is not None]
+    row["AP_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+    row["AP_of_seeds"] = " ".join(percent(one.get("AP")) for one in seeds.values())
+    steps = [one["diverged"] for one in seeds.values() if "diverged" in one]
+    row["diverged"] = len(steps)
+    row["diverged_in_steps"] = " ".join(map(str, steps))
+    for key, pick in (
+        ("loss_first", lambda loss: loss[0]),
+        ("loss_highest", max),
+        ("loss_last", lambda loss: loss[-1]),
+    ):
+        row[key] = _mean([pick([loss for _, loss in one["losses"]]) for one in seeds.values() if one["losses"]])
+    return row
+
+
+def _of_paper(theirs, baseline=None):
+    row = {f"paper_{key}": theirs.get(key) for key in (*paper.METRICS, "time") if key in theirs}
+    row["paper_difference"] = theirs.get("difference")
+    if row["paper_difference"] is None and baseline and None not in (theirs.get("AP"), baseline.get("AP")):
+        row["paper_difference"] = theirs["AP"] - baseline["AP"]
+    return {**row, "paper_words": theirs.get("words")}
+
+
+def _times(name, milliseconds, printed_rows):
+    theirs = {key: row.get("time") for key, row in printed_rows.items()}
+    row = {}
+    for prefix, times in (("", milliseconds), ("paper_", theirs)):
+        if times.get(name):
+            row[f"{prefix}time"] = times[name]
+            if times.get(FIRST):
+                row[f"{prefix}relative_time"] = times[name] / times[FIRST]
+    return row
+
+
+def _mean(values):
+    return statistics.fmean(values) if values else None
+
+
+def budgets(place):
+    """How long the rows there were trained, each once."""
+    trains = [json.loads(file.read_text()).get("train", {}) for file in sorted(place.glob("*/config.json"))]
+    full = [dataclasses.replace(TrainConfig(), **{k: train[k] for k in ("iterations", "batch_size") if k in train})
+            for train in trains]  # fmt: skip
+    return list(dict.fromkeys(f"{train.iterations:,} iterations of {train.batch_size} images" for train in full))
+
+
+def best_alphas(rows):
+    """§5.1: "the best alpha for each gamma", of the rows of the search that are done, as text."""
+    best = {}
+    for row in rows:
+        found = re.fullmatch(r"gamma_(.+)_alpha_(.+)", row["row"])
+        if found and row.get("AP") is not None:
+            best.setdefault(found[1], []).append((row["AP"], found[2]))
+    theirs = {f"{row['gamma']:g}": row["alpha"] for row in paper.rows("1b").values()}
+    return [
+        f"gamma {gamma}: of {len(tried)} alphas the best is {max(tried)[1]}, AP {max(tried)[0]:.1f}; "
+        f"the paper's is {theirs[gamma]:g}\n"
+        for gamma, tried in best.items()
+    ]
