@@ -11,7 +11,14 @@ from retinanet_keras.model import RetinaNet
 COLUMNS = ("part", "node", "kind", "kernel", "stride", "height", "width", "channels", "parameters", "inputs")
 SIZE = (640, 800)  # height and width that shapes are given for, unless told otherwise
 LABELS = {"UpSampling2D": "2×", "Relu": "ReLU", "ZeroPadding2D": ""}  # drawn as arrows, not as boxes
-X_LATERAL, X_SUM, X_OUTPUT, X_BUS, X_TOWER = 2.5, 4.0, 5.5, 6.9, 8.0  # columns of the picture, in its own unit
+X_BACKBONE, X_LATERAL, X_SUM, X_OUTPUT, X_BUS, X_TOWER = (
+    0.25,
+    2.5,
+    4.0,
+    5.5,
+    6.9,
+    8.0,
+)  # columns of the picture, in its own unit
 PARTS = {"backbone": sheet.GREY, "pyramid": sheet.BLUE, "class_subnet": sheet.RED, "box_subnet": sheet.GREEN}
 
 
@@ -89,7 +96,7 @@ def figure3(to, config, classes=80, size=SIZE):
 def _draw(model, rows, size):
     figure, (axis,) = sheet.panels(size=(16, 7))
     axis.axis("off")
-    axis.set(ylim=(0.2, 8.5))
+    axis.set(ylim=(-0.5, 8.1))
     placed = {}  # node -> (x, y)
     outputs = {row["output"]: row for row in rows if row["output"]}
     _draw_backbone(axis, [row for row in rows if row["part"] == "backbone"], size, placed)
@@ -106,9 +113,9 @@ def _draw(model, rows, size):
     anchors = outputs["logits"]["width"]
     heads = ((0, "(a) backbone"), (X_SUM, "(b) feature pyramid"), ((X_TOWER + right) / 2, "(c), (d) subnets"))
     for x, words in heads:
-        axis.text(x, 8.2, words, ha="center", fontsize=11)
+        axis.text(x, 7.75, words, ha="center", fontsize=11)
     axis.text(
-        right + 0.6, 0.4, f"image {size[0]}×{size[1]}, {anchors:,} anchors, {total / 1e6:.1f} M parameters",
+        right + 0.6, -0.2, f"image {size[0]}×{size[1]}, {anchors:,} anchors, {total / 1e6:.1f} M parameters",
         ha="right", fontsize=9, color=sheet.GREY,
     )  # fmt: skip
     axis.set_xlim(-1.1, right + 0.8)
@@ -127,10 +134,11 @@ def _draw_backbone(axis, rows, size, placed):
         convs = sum("Conv2D" in row["kind"] for row in stage)
         name = next((row["output"].upper() for row in stage if row["output"]), "")
         shape = _shape(stage[-1])
-        words = "\n".join(filter(None, [name, shape, f"{convs} conv" + "s" * (convs > 1)]))
+        content = f"{convs} conv" + "s" * (convs > 1) if convs else "image"
+        words = "\n".join(filter(None, [name, shape, content]))
         _box(axis, 0, y, words, "backbone", width=1.7)
         for row in stage:
-            placed[row["node"]] = (0.25, y)
+            placed[row["node"]] = (X_BACKBONE, y)
         if below is not None:
             _arrow(axis, (0, below + 0.36), (0, y - 0.36))
         below = y
@@ -164,6 +172,9 @@ def _draw_pyramid(axis, rows, size, placed):
                 up = 1 if y > start[1] else -1
                 start_gap = 0.2 if row["kind"] == "Add" else 0.37
                 _arrow(axis, (x, start[1] + up * start_gap), (x, y - up * start_gap), " ".join(filter(None, words)))
+            elif start[0] == X_BACKBONE and start[1] != y:  # C5 to P6: up, then across
+                axis.plot([X_BACKBONE, X_BACKBONE], [start[1] + 0.33, y], color=sheet.GREY, linewidth=1)
+                _arrow(axis, (X_BACKBONE, y), (x - gap, y))
             else:
                 own = 0.16 if by_name.get(name, {}).get("kind") == "Add" else 0.6
                 end = (x, y + 0.2) if row["kind"] == "Add" and start[1] != y else (x - gap, y)

@@ -173,7 +173,7 @@ def _draw(to, positive, negative, about):
             table.append(shares)
             columns.append(f"{kind} gamma={gamma:g}")
         axis.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel=f"fraction of {kind} examples", ylabel="share of their loss")
-        axis.set_title(f"{about[kind + 's']:,} {kind}s, from the lowest loss to the highest", loc="left", fontsize=10)
+        axis.set_title(f"{about[kind + 's']:,} {kind}s, the lowest loss first", loc="left", fontsize=10)
         sheet.legend(axis, loc="upper left")
     for gamma, color, dash in looks:
         share = 1 - negative.shares(gamma, 1 - near)
@@ -182,6 +182,6 @@ def _draw(to, positive, negative, about):
     axes[2].text(EASY[1] * 1.2, 0.02, "hardest 1%", color=sheet.GREY, fontsize=9)
     axes[2].set(xscale="log", xlim=(1e-6, 1), ylim=(0, 1.01))
     axes[2].set(xlabel="hardest fraction of negative examples", ylabel="share of their loss")
-    axes[2].set_title("the same negatives, from the highest loss", loc="left", fontsize=10)
+    axes[2].set_title("the same negatives, the highest loss first", loc="left", fontsize=10)
     sheet.legend(axes[2], loc="upper left")
     return sheet.save(to, "figure4", figure, columns, np.stack(table, axis=1))

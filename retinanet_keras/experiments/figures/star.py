@@ -63,7 +63,7 @@ def states(folder):
             return "diverged" if diverged else "not run"
         if baseline is None:
             return "not compared"
-        return "effective" if ap > 0 and ap >= EFFECTIVE * baseline else "not effective"
+        return "effective" if ap > 0 and ap >= EFFECTIVE * baseline - 1e-9 else "not effective"
 
     return {name: (state(*known), known[0]) for name, known in aps.items()}
 
@@ -91,8 +91,8 @@ def figure7(to, folder, config, changes=()):
 
 def _draw(known):
     looks = {
-        "effective": (sheet.BLUE, "-", 1.8), "not effective": (sheet.RED, "--", 1.4), "diverged": (sheet.BLACK, ":", 1.4),
-        "not compared": (sheet.GREY, "-", 1.2), "not run": ("#bbbbbb", "-", 0.8),
+        "effective": (sheet.BLUE, "-", 1.8), "not effective": (sheet.RED, "--", 1.4),
+        "diverged": (sheet.BLACK, ":", 1.4), "not compared": (sheet.GREY, "-", 1.2), "not run": ("#bbbbbb", "-", 0.8),
     }  # fmt: skip
     figure, axes = sheet.panels(len(GAMMAS), (12.5, 4.3), sharey=True)
     x_t = np.linspace(-curves.REACH, curves.REACH, 301)
