@@ -68,12 +68,17 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-CLOSED = [  # Appendix B for y = 1: loss, value, derivative
-    (curves.focal_of(0.0), lambda x: -np.log(sigmoid(x)), lambda x: sigmoid(x) - 1),
-    (curves.focal_of(2.0), lambda x: -((1 - sigmoid(x)) ** 2) * np.log(sigmoid(x)),
-     lambda x: (1 - sigmoid(x)) ** 2 * (2 * sigmoid(x) * np.log(sigmoid(x)) + sigmoid(x) - 1)),
-    (curves.star_of(2.0, 1.0), lambda x: -np.log(sigmoid(2 * x + 1)) / 2, lambda x: sigmoid(2 * x + 1) - 1),
-    (curves.star_of(4.0, 0.0), lambda x: -np.log(sigmoid(4 * x)) / 4, lambda x: sigmoid(4 * x) - 1),
+def minus_log(x):
+    """-log(p_t)."""
+    return np.log1p(np.exp(-x))
+
+
+CLOSED = [  # Appendix B for y = 1: loss, value, derivative; 1 - p_t is sigmoid(-x_t)
+    (curves.focal_of(0.0), minus_log, lambda x: -sigmoid(-x)),
+    (curves.focal_of(2.0), lambda x: sigmoid(-x) ** 2 * minus_log(x),
+     lambda x: sigmoid(-x) ** 2 * (-2 * sigmoid(x) * minus_log(x) - sigmoid(-x))),
+    (curves.star_of(2.0, 1.0), lambda x: minus_log(2 * x + 1) / 2, lambda x: -sigmoid(-(2 * x + 1))),
+    (curves.star_of(4.0, 0.0), lambda x: minus_log(4 * x) / 4, lambda x: -sigmoid(-4 * x)),
 ]  # fmt: skip
 
 
