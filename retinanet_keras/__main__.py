@@ -59,6 +59,8 @@ def main():
     verb.add_argument("file", help="the .npz that training wrote")
     verb.set_defaults(call=replay)
 
+    add_figures(verbs.add_parser("figure", help="a figure of the paper, as a picture and its numbers"))
+
     verb = verbs.add_parser("config", help="list every setting, its default, and the default's source")
     verb.set_defaults(call=list_settings)
 
@@ -77,6 +79,37 @@ def main():
 
     args = parser.parse_args()
     return args.call(args)
+
+
+def add_figures(verb):
+    numbers = verb.add_subparsers(required=True, metavar="N", dest="number")
+
+    def add(number, help):
+        parser = numbers.add_parser(str(number), help=help)
+        parser.add_argument("--to", default="figures", help="folder to write to (default figures)")
+        parser.set_defaults(call=figure)
+        return parser
+
+    def add_config(parser, default):
+        parser.add_argument("--config", default=default, help=f"JSON file (default {default})")
+        parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value")
+
+    add(1, "focal loss against p_t")
+    one = add(2, "time of an image against AP")
+    one.add_argument("--runs", help="folder of evaluated runs to measure, beside the paper's numbers")
+    one = add(3, "the network, drawn from the model")
+    add_config(one, "configs/r50_600.json")
+    one.add_argument("--classes", type=int, default=80, help="K (default 80)")
+    one = add(4, "cumulative distribution of the loss of a trained run")
+    one.add_argument("--run", required=True, help="folder of the run")
+    one.add_argument("--split", help="default: the one it was trained on")
+    one.add_argument("--images", type=int, help="default: until there are 10^7 negatives and 10^5 positives")
+    one.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="such as data.dir=D")
+    add(5, "FL, FL* and CE against x_t")
+    add(6, "their derivatives")
+    one = add(7, "which settings of FL* work, from a folder of runs")
+    one.add_argument("--runs", required=True, help="folder of the runs; those that are missing are listed")
+    add_config(one, "configs/shapes.json")
 
 
 def export(args):
@@ -140,6 +173,22 @@ def experiments(args):
         print(output.write(to / "1e", "1e", args.scale))
     else:
         runner.run_table(args.name, args.scale, to, only=args.only, seeds=args.seeds, overrides=args.set)
+
+
+def figure(args):
+    cli.import_tensorflow()
+    from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
+
+    if args.number == "2":
+        speed.figure2(args.to, args.runs)
+    elif args.number == "3":
+        architecture.figure3(args.to, config.load_config(args.config, args.set), args.classes)
+    elif args.number == "4":
+        distribution.figure4(args.to, args.run, args.split, args.images, args.set)
+    elif args.number == "7":
+        star.figure7(args.to, args.runs, args.config, args.set)
+    else:
+        {"1": curves.figure1, "5": curves.figure5, "6": curves.figure6}[args.number](args.to)
 
 
 def list_settings(args):

@@ -1,1 +1,1 @@
-"""The paper's tables as lists of overrides, run, measured and set beside the paper's numbers."""
+"""The paper's tables and figures, run, measured and set beside the paper's numbers."""

@@ -1,0 +1,1 @@
+"""The paper's figures, each as a picture and the numbers behind it."""

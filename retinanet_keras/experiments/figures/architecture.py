@@ -1,0 +1,248 @@
+"""Figure 3: the network, drawn from the operations that a built RetinaNet consists of."""
+
+import math
+
+import keras
+from matplotlib.patches import FancyBboxPatch
+
+from retinanet_keras.experiments.figures import sheet
+from retinanet_keras.model import RetinaNet
+
+COLUMNS = ("part", "node", "kind", "kernel", "stride", "height", "width", "channels", "parameters", "inputs")
+SIZE = (640, 800)  # height and width that shapes are given for, unless told otherwise
+LABELS = {"UpSampling2D": "2×", "Relu": "ReLU", "ZeroPadding2D": ""}  # drawn as arrows, not as boxes
+X_BACKBONE, X_LATERAL, X_SUM, X_OUTPUT, X_BUS, X_TOWER = (
+    0.25,
+    2.5,
+    4.0,
+    5.5,
+    6.9,
+    8.0,
+)  # columns of the picture, in its own unit
+PARTS = {"backbone": sheet.GREY, "pyramid": sheet.BLUE, "class_subnet": sheet.RED, "box_subnet": sheet.GREEN}
+
+
+def operations(model, height, width):
+    """The operations of a RetinaNet in order, one row each of COLUMNS.
+
+    The model is called on symbols instead of images, part by part; a row's inputs are names of rows, or "images".
+
+    Returns:
+        a list of dicts. The outputs of the backbone are rows whose `output` is c3, c4 or c5, those of the pyramid p3
+        to p7, those of the subnets logits and deltas.
+    """
+    images = keras.Input(batch_shape=(1, height, width, 3), name="images")
+    rows, names = [], {id(images): "images"}
+    features = model.backbone.call(images)
+    _trace("backbone", features, rows, names)
+    levels = model.pyramid.call(features)
+    _trace("pyramid", {f"p{level}": tensor for level, tensor in enumerate(levels, 3)}, rows, names)
+    for part, output in (("class_subnet", "logits"), ("box_subnet", "deltas")):
+        _trace(part, {output: getattr(model, part).call(levels)}, rows, names)
+    return rows
+
+
+def _trace(part, outputs, rows, names):
+    """Append what lies between the tensors already named and the outputs, a dict of them by name."""
+    done = set()
+
+    def visit(tensor):
+        if id(tensor) in names:
+            return names[id(tensor)]
+        operation, index, _ = tensor._keras_history
+        inputs = [visit(one) for one in operation._inbound_nodes[index].input_tensors]
+        taken = {row["node"] for row in rows}
+        base = f"{part}.{operation.name}"
+        name = next(n for n in [base, *(f"{base}#{i}" for i in range(2, 1000))] if n not in taken)
+        shape = tensor.shape[1:] if len(tensor.shape) == 4 else (None, *tensor.shape[1:])
+        own = operation.count_params() if isinstance(operation, keras.Layer) and id(operation) not in done else 0
+        done.add(id(operation))
+        kernel, strides = getattr(operation, "kernel_size", None), getattr(operation, "strides", None)
+        rows.append({
+            "part": part, "node": name, "kind": type(operation).__name__, "kernel": kernel and kernel[0],
+            "stride": strides and strides[0], "height": shape[0], "width": shape[1], "channels": shape[2],
+            "parameters": own, "inputs": inputs, "output": None,
+        })  # fmt: skip
+        names[id(tensor)] = name
+        return name
+
+    for output, tensor in outputs.items():
+        node = visit(tensor)
+        next(row for row in rows if row["node"] == node)["output"] = output
+
+
+def figure3(to, config, classes=80, size=SIZE):
+    """Figure 3 of a configuration's network.
+
+    Args:
+        config: a Config; its backbone gets random weights.
+        classes: K; a configuration leaves that to the dataset.
+        size: (height, width) in pixels of the image that shapes are given for, multiples of 32.
+
+    Returns:
+        the picture's path.
+    """
+    settings = config.model
+    model = RetinaNet(
+        classes, settings.backbone, anchors=config.anchors, fpn_channels=settings.fpn_channels, norm=settings.norm,
+        head_depth=settings.head_depth, prior=settings.prior, width=settings.width,
+    )  # fmt: skip
+    rows = operations(model, *size)
+    figure = _draw(model, rows, size)
+    written = [[" ".join(row[c]) if c == "inputs" else row[c] for c in COLUMNS] for row in rows]
+    return sheet.save(to, "figure3", figure, COLUMNS, written)
+
+
+def _draw(model, rows, size):
+    figure, (axis,) = sheet.panels(size=(16, 7))
+    axis.axis("off")
+    axis.set(ylim=(-0.5, 8.1))
+    placed = {}  # node -> (x, y)
+    outputs = {row["output"]: row for row in rows if row["output"]}
+    _draw_backbone(axis, [row for row in rows if row["part"] == "backbone"], size, placed)
+    _draw_pyramid(axis, [row for row in rows if row["part"] == "pyramid"], size, placed)
+    levels = [placed[outputs[f"p{level}"]["node"]] for level in range(3, 8)]
+    right = X_TOWER
+    for part, name, y in (("class_subnet", "logits", 6.2), ("box_subnet", "deltas", 3.0)):
+        tower = [row for row in rows if row["part"] == part]
+        right = max(right, _draw_subnet(axis, tower, outputs[name], y, model))
+    axis.plot([X_BUS, X_BUS], [3.0, max(y for _, y in levels)], color=sheet.GREY, linewidth=1)
+    for x, y in levels:
+        axis.plot([x + 0.6, X_BUS], [y, y], color=sheet.GREY, linewidth=1)
+    total = sum(row["parameters"] for row in rows)
+    anchors = outputs["logits"]["width"]
+    heads = ((0, "(a) backbone"), (X_SUM, "(b) feature pyramid"), ((X_TOWER + right) / 2, "(c), (d) subnets"))
+    for x, words in heads:
+        axis.text(x, 7.75, words, ha="center", fontsize=11)
+    axis.text(
+        right + 0.6, -0.2, f"image {size[0]}×{size[1]}, {anchors:,} anchors, {total / 1e6:.1f} M parameters",
+        ha="right", fontsize=9, color=sheet.GREY,
+    )  # fmt: skip
+    axis.set_xlim(-1.1, right + 0.8)
+    return figure
+
+
+def _draw_backbone(axis, rows, size, placed):
+    """One box for each resolution, from the image up."""
+    stages = {}
+    for row in rows:
+        if row["kind"] not in LABELS:
+            stages.setdefault(row["height"], []).append(row)
+    below = None
+    for height, stage in stages.items():
+        y = _level(height, size)
+        convs = sum("Conv2D" in row["kind"] for row in stage)
+        name = next((row["output"].upper() for row in stage if row["output"]), "")
+        shape = _shape(stage[-1])
+        content = f"{convs} conv" + "s" * (convs > 1) if convs else "image"
+        words = "\n".join(filter(None, [name, shape, content]))
+        _box(axis, 0, y, words, "backbone", width=1.7)
+        for row in stage:
+            placed[row["node"]] = (X_BACKBONE, y)
+        if below is not None:
+            _arrow(axis, (0, below + 0.36), (0, y - 0.36))
+        below = y
+
+
+def _draw_pyramid(axis, rows, size, placed):
+    """Convolutions and sums as boxes; what is between them, on the arrows."""
+    by_name = {row["node"]: row for row in rows}
+    for row in rows:
+        if row["kind"] in LABELS:
+            continue
+        y = _level(row["height"], size)
+        if row["kind"] == "Add":
+            x = X_SUM
+            axis.text(x, y, "+", ha="center", va="center", fontsize=13, zorder=4)
+            axis.plot(
+                [x], [y], marker="o", markersize=17, markerfacecolor="white", markeredgecolor=sheet.BLUE, zorder=3
+            )
+        else:
+            x = X_LATERAL if row["kernel"] == 1 else X_OUTPUT
+            _box(axis, x, y, f"{_named(row)}{_conv(row)}\n{_shape(row)}", "pyramid", width=1.2)
+        placed[row["node"]] = (x, y)
+        for name in row["inputs"]:
+            words = []
+            while name in by_name and by_name[name]["kind"] in LABELS:
+                words.append(LABELS[by_name[name]["kind"]])
+                (name,) = by_name[name]["inputs"]
+            start = placed[name]
+            gap = 0.16 if row["kind"] == "Add" else 0.6
+            if start[1] != y and start[0] == x:  # P6 to P7, or one sum to the next
+                up = 1 if y > start[1] else -1
+                start_gap = 0.2 if row["kind"] == "Add" else 0.37
+                _arrow(axis, (x, start[1] + up * start_gap), (x, y - up * start_gap), " ".join(filter(None, words)))
+            elif start[0] == X_BACKBONE and start[1] != y:  # C5 to P6: up, then across
+                axis.plot([X_BACKBONE, X_BACKBONE], [start[1] + 0.33, y], color=sheet.GREY, linewidth=1)
+                _arrow(axis, (X_BACKBONE, y), (x - gap, y))
+            else:
+                own = 0.16 if by_name.get(name, {}).get("kind") == "Add" else 0.6
+                end = (x, y + 0.2) if row["kind"] == "Add" and start[1] != y else (x - gap, y)
+                _arrow(axis, (start[0] + own, start[1]), end, " ".join(filter(None, words)))
+
+
+def _draw_subnet(axis, rows, output, y, model):
+    """The tower on the first level; the picture's right end."""
+    height = next(row["height"] for row in rows if row["kind"] == "Conv2D")
+    chain = [row for row in rows if row["height"] == height and row["kind"] in ("Conv2D", "Relu")]
+    x, end = X_TOWER, X_BUS
+    part = rows[0]["part"]
+    convs = [row for row in chain if row["kind"] == "Conv2D"]
+    for row in convs:
+        follows = chain.index(row) + 1
+        relu = " ReLU" if follows < len(chain) and chain[follows]["kind"] == "Relu" else ""
+        _box(axis, x, y, f"{_conv(row)}{relu}\n{_shape(row)}", part, width=1.35)
+        _arrow(axis, (end, y), (x - 0.68, y))
+        end, x = x + 0.68, x + 1.65
+    name = "class subnet" if output["output"] == "logits" else "box subnet"
+    values = "K" if output["output"] == "logits" else "4"
+    axis.text(
+        X_TOWER - 0.6, y + 0.62, f"{name}, on P3; its {len(convs)} convolutions serve all levels", fontsize=9,
+        color=PARTS[part],
+    )  # fmt: skip
+    axis.text(
+        X_TOWER - 0.6, y - 0.82,
+        f"{convs[-1]['channels']} = {model.anchors.per_cell} anchors × {values} values at each position; "
+        f"over all levels {output['output']} [{output['width']:,}, {output['channels']}]",
+        fontsize=9, color=sheet.GREY,
+    )  # fmt: skip
+    return end
+
+
+def _level(height, size):
+    """l of a level with this height: 2^l lower than the input, §4."""
+    return round(math.log2(size[0] / height))
+
+
+def _named(row):
+    return f"{row['output'].upper()}: " if row["output"] else ""
+
+
+def _conv(row):
+    return f"{row['kernel']}×{row['kernel']}" + (f", /{row['stride']}" if row["stride"] > 1 else "")
+
+
+def _shape(row):
+    return f"{row['height']}×{row['width']}×{row['channels']}"
+
+
+def _box(axis, x, y, words, part, width):
+    height = 0.62
+    patch = FancyBboxPatch(
+        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.08",
+        facecolor="white", edgecolor=PARTS[part], linewidth=1.3, zorder=3,
+    )  # fmt: skip
+    axis.add_patch(patch)
+    axis.text(x, y, words, ha="center", va="center", fontsize=8, linespacing=1.25, zorder=4)
+
+
+def _arrow(axis, start, end, words=""):
+    axis.annotate(
+        "",
+        end,
+        start,
+        arrowprops={"arrowstyle": "-|>", "color": sheet.GREY, "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
+    )
+    if words:
+        middle = (start[0] + end[0]) / 2 + 0.08, (start[1] + end[1]) / 2
+        axis.text(*middle, words, fontsize=8, color=sheet.GREY, va="center")

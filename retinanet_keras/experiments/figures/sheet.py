@@ -1,0 +1,59 @@
+"""What the figures share: colours, axes, and their files, a picture and the numbers behind it."""
+
+import csv
+from pathlib import Path
+
+from matplotlib.figure import Figure  # no pyplot: it keeps figures and a backend in global state
+
+from retinanet_keras.errors import UserError
+from retinanet_keras.results.draw import PALETTE
+
+COLORS = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in PALETTE)
+BLUE, ORANGE, GREEN, PINK, SKY, RED, _ = COLORS
+BLACK, GREY, LIGHT = "#222222", "#777777", "#dddddd"
+
+
+def panels(columns=1, size=(6.4, 4.4), **settings):
+    """(Figure, list of its axes) of this project's style; settings: of `Figure.subplots`."""
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **settings)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color=LIGHT, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, list(axes)
+
+
+def legend(axis, **settings):
+    axis.legend(**{"frameon": False, "fontsize": 9, "handlelength": 2.4, **settings})
+
+
+def save(to, name, figure, columns, rows):
+    """Write NAME.png and NAME.csv to a folder, and say where.
+
+    Args:
+        columns: names of the columns.
+        rows: sequences of their values; floats are written with 8 digits.
+
+    Returns:
+        the picture's path.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    picture, table = Path(to) / f"{name}.png", Path(to) / f"{name}.csv"
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(picture, format="png")
+        with open(table, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([[_cell(value) for value in row] for row in rows])
+    except OSError as error:
+        raise UserError(f"{to} cannot be written ({error.strerror or error}). Name another folder with --to") from None
+    print(f"{picture}\n{table}")
+    return picture
+
+
+def _cell(value):
+    return f"{value:.8g}" if isinstance(value, float) else value

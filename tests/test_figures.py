@@ -1,0 +1,371 @@
+"""The paper's figures: their numbers against float64 NumPy and by hand, their pictures by what is in them."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+
+from retinanet_keras import __main__ as command_line
+from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
+from retinanet_keras.config import load_config
+from retinanet_keras.data import pipeline, sources
+from retinanet_keras.errors import UserError
+from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
+from retinanet_keras.results.draw import PALETTE
+from retinanet_keras.training.checkpoints import Checkpoints
+from retinanet_keras.training.folder import RunFolder, build_model
+
+ROOT = Path(__file__).parents[1]
+BLUE, RED = PALETTE[0], PALETTE[5]
+
+
+def table(folder, number):
+    """{column: values} of a figure's CSV, after a look at its picture."""
+    picture = np.asarray(Image.open(folder / f"figure{number}.png").convert("RGB"))
+    assert min(picture.shape[:2]) > 400 and (picture < 128).any() and (picture == 255).all(-1).mean() > 0.3
+    with open(folder / f"figure{number}.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def shows(path, color):
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return (np.abs(picture - color).max(-1) < 8).sum() > 200
+
+
+def run_command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["retinanet_keras", *map(str, words)])
+    return command_line.main()
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, data_dir, tmp_path_factory):
+    """A run's folder with a checkpoint of random weights and an AP."""
+    config = tiny_config(data_dir)
+    folder = RunFolder(tmp_path_factory.mktemp("figures") / "tiny")
+    categories = sources.open_split(config.data, "train").categories
+    folder.start(config, categories)
+    keras.utils.set_random_seed(0)
+    checkpoints = Checkpoints(build_model(config, categories), folder, 1)
+    checkpoints.step = 1
+    checkpoints.save()
+    folder.evaluation("val").mkdir(parents=True)
+    (folder.evaluation("val") / "metrics.json").write_text('{"AP": 0.25}')
+    return folder.path
+
+
+# Figures 1, 5 and 6
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def minus_log(x):
+    """-log(p_t)."""
+    return np.log1p(np.exp(-x))
+
+
+CLOSED = [  # Appendix B for y = 1: loss, value, derivative; 1 - p_t is sigmoid(-x_t)
+    (curves.focal_of(0.0), minus_log, lambda x: -sigmoid(-x)),
+    (curves.focal_of(2.0), lambda x: sigmoid(-x) ** 2 * minus_log(x),
+     lambda x: sigmoid(-x) ** 2 * (-2 * sigmoid(x) * minus_log(x) - sigmoid(-x))),
+    (curves.star_of(2.0, 1.0), lambda x: minus_log(2 * x + 1) / 2, lambda x: -sigmoid(-(2 * x + 1))),
+    (curves.star_of(4.0, 0.0), lambda x: minus_log(4 * x) / 4, lambda x: -sigmoid(-4 * x)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss, value, slope", CLOSED)
+def test_curves_and_their_derivatives(loss, value, slope):
+    x, step = np.linspace(-5, 5, 201), 1e-6
+    own_value, own_slope = curves.value_and_slope(loss, x)
+    assert own_value.dtype == own_slope.dtype == np.float64
+    np.testing.assert_allclose(own_value, value(x), rtol=1e-10)
+    np.testing.assert_allclose(own_slope, slope(x), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(own_slope, (value(x + step) - value(x - step)) / (2 * step), atol=1e-8)
+
+
+def test_figure1_has_the_numbers_of_section_3(tmp_path, monkeypatch):
+    """With gamma = 2: at p_t = .9 a hundredth of CE, at .968 a thousandth, under .5 a quarter or more."""
+    run_command(monkeypatch, "figure", 1, "--to", tmp_path)
+    columns = {name: np.float64(values) for name, values in table(tmp_path, 1).items()}
+    assert list(columns) == ["p_t", *(f"FL gamma={gamma}" for gamma in ("0", "0.5", "1", "2", "5"))]
+    ratio = columns["FL gamma=0"] / columns["FL gamma=2"]
+    at = {p: int(np.argmin(np.abs(columns["p_t"] - p))) for p in (0.5, 0.9, 0.968)}
+    assert ratio[at[0.9]] == pytest.approx(100) and ratio[at[0.968]] == pytest.approx(1000, rel=0.03)
+    assert (ratio[: at[0.5] + 1] <= 4 + 1e-6).all()
+    assert columns["FL gamma=0"][at[0.5]] == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize(
+    "number, at_zero",
+    [
+        (5, [0.6931472, 0.1732868, 0.1566308, 0.1732868]),  # ln 2, a quarter of it, ln(1 + 1/e) / 2, ln(2) / 4
+        (6, [-0.5, -0.2982868, -0.2689414, -0.5]),  # FL: .25 (2 * .5 * ln .5 - .5)
+    ],
+)
+def test_figures_5_and_6(number, at_zero, tmp_path, monkeypatch):
+    run_command(monkeypatch, "figure", number, "--to", tmp_path)
+    columns = table(tmp_path, number)
+    middle = columns["x_t"].index("0")
+    assert list(columns)[1:] == ["CE", "FL gamma=2", "FL* gamma=2 beta=1", "FL* gamma=4 beta=0"]
+    assert [float(values[middle]) for values in list(columns.values())[1:]] == pytest.approx(at_zero, abs=1e-6)
+
+
+# Figure 2
+
+
+def test_the_papers_points():
+    points = speed.of_the_paper()
+    by_name = {(p["method"], p["scale"]): (p["milliseconds"], p["AP"]) for p in points}
+    assert len(by_name) == len(points) == 14
+    assert by_name["RetinaNet-101", "600"] == (122, 36.0) and by_name["Faster R-CNN w FPN", ""] == (172, 36.2)
+    for method in ("RetinaNet-50", "RetinaNet-101"):
+        own = [by_name[method, str(scale)] for scale in (400, 500, 600, 700, 800)]
+        assert own == sorted(own) and all(a < b for (_, a), (_, b) in zip(own, own[1:], strict=False))
+    # §5.2: "there is only one operating point (500 pixel input) at which using ResNet-50-FPN improves over ..."
+    better = {
+        a[1] for a in by_name for b in by_name
+        if a[0] == "RetinaNet-50" and b[0] == "RetinaNet-101"
+        and by_name[a][0] <= by_name[b][0] and by_name[a][1] >= by_name[b][1]
+    }  # fmt: skip
+    assert better == {"500"}
+    for _, scale in by_name:
+        assert not scale or load_config(ROOT / f"configs/r50_{scale}.json").data.short_side == int(scale)
+
+
+def test_figure2_has_points_of_runs_beside_the_papers(run, tmp_path, monkeypatch):
+    run_command(monkeypatch, "figure", 2, "--to", tmp_path)
+    assert set(table(tmp_path, 2)["whose"]) == {"the paper"}
+    run_command(monkeypatch, "figure", 2, "--runs", run, "--to", tmp_path)
+    columns = table(tmp_path, 2)
+    (place,) = (i for i, whose in enumerate(columns["whose"]) if whose == "measured here")
+    assert columns["method"][place] == "tiny" and columns["AP"][place] == "25"
+    assert columns["source"][place] == f"{run}, val" and float(columns["milliseconds"][place]) > 0
+
+
+def test_runs_are_found_one_or_many(run, tmp_path):
+    for name, metrics in (("a", '{"AP": 0.5}'), ("b", '{"AP": null}'), ("c", '{"AP": 0.125}')):
+        (tmp_path / name / "eval/test").mkdir(parents=True)
+        (tmp_path / name / "eval/test/metrics.json").write_text(metrics)
+    points = speed.of_runs(tmp_path, lambda folder, split: len(folder.name) + len(split))
+    assert [(p["method"], p["AP"], p["milliseconds"]) for p in points] == [("a", 50, 5), ("c", 12.5, 5)]
+    assert [p["AP"] for p in speed.of_runs(run, lambda *_: 1.0)] == [25]
+    with pytest.raises(UserError, match="holds no evaluated run"):
+        speed.of_runs(tmp_path / "nowhere")
+
+
+# Figure 3
+
+
+@pytest.mark.parametrize("depth, size", [(0, (64, 96)), (2, (128, 64))])
+def test_the_operations_of_a_model(small_model, depth, size):
+    model = small_model(head_depth=depth)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, *size, 3)).astype("uint8")
+    before = model(pixels)
+    rows = architecture.operations(model, *size)
+    by_name = {row["node"]: row for row in rows}
+    outputs = {row["output"]: row for row in rows if row["output"]}
+    assert len(by_name) == len(rows) and sum(row["parameters"] for row in rows) == model.count_params()
+    for i, row in enumerate(rows):  # what a row takes comes before it
+        assert set(row["inputs"]) <= {"images", *(earlier["node"] for earlier in rows[:i])}
+
+    assert {*outputs} == {"c3", "c4", "c5", "p3", "p4", "p5", "p6", "p7", "logits", "deltas"}
+    for level, stride in enumerate(STRIDES, 3):
+        assert (outputs[f"p{level}"]["height"], outputs[f"p{level}"]["width"]) == grid(*size, stride)
+    for name in ("logits", "deltas"):
+        assert (outputs[name]["width"], outputs[name]["channels"]) == tuple(before[name].shape[1:])
+    for part in ("class_subnet", "box_subnet"):
+        convs = [row for row in rows if row["part"] == part and row["kind"] == "Conv2D"]
+        assert len(convs) == 5 * (depth + 1)  # the same ones on five levels
+
+    def above(row, *kinds):
+        """What a row comes from, through operations of these kinds."""
+        while (row := by_name[row["inputs"][0]])["kind"] in kinds:
+            pass
+        return row["output"]
+
+    assert above(outputs["p6"], "ZeroPadding2D") == "c5"  # §4: P6 from C5, P7 from ReLU(P6)
+    assert above(outputs["p7"], "ZeroPadding2D", "Relu") == "p6"
+    assert by_name[by_name[outputs["p7"]["inputs"][0]]["inputs"][0]]["kind"] == "Relu"
+    sums = [row for row in rows if row["part"] == "pyramid" and row["kind"] == "Add"]
+    assert sorted(row["height"] for row in sums) == [size[0] // 16, size[0] // 8]
+    for name, value in model(pixels).items():  # tracing has changed nothing
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_figure3_follows_the_configuration(tiny_config, data_dir, tmp_path, monkeypatch):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(tiny_config(data_dir, model={"head_depth": 3}).to_dict()))
+    run_command(
+        monkeypatch, "figure", 3, "--config", file, "--set", "model.fpn_channels=24", "--classes", 7, "--to", tmp_path
+    )
+    columns = table(tmp_path, 3)
+    finals = [columns["channels"][i] for i, node in enumerate(columns["node"]) if node.endswith("subnet.final")]
+    towers = [node for node in columns["node"] if node.startswith("class_subnet.conv") and "#" not in node]
+    assert finals == ["63", "36"] and len(towers) == 3 and "24" in columns["channels"]
+
+
+# Figure 4
+
+
+def sorted_shares(x_t, gamma, fractions):
+    """The cumulative distribution by a full sort in float64."""
+    x = np.float64(x_t)
+    loss = np.sort((1 - sigmoid(x)) ** gamma * np.log1p(np.exp(-x)))
+    cumulative = np.concatenate([[0], np.cumsum(loss)]) / loss.sum()
+    return np.interp(fractions, np.arange(len(loss) + 1) / len(loss), cumulative)
+
+
+@pytest.mark.parametrize("mean", [-2, 6])
+def test_shares_are_those_of_a_full_sort(mean):
+    x_t = np.random.default_rng(mean + 2).normal(mean, 3, 50_000).astype("float32")
+    terms = distribution.Terms()
+    for part in np.split(x_t, [7, 20_000, 20_000]):  # one is empty
+        terms.add(part)
+    fractions = np.concatenate([np.linspace(0, 1, 101), [0.999, 0.9999]])
+    for gamma in distribution.GAMMAS:
+        ours = terms.shares(gamma, fractions)
+        assert ours[0] == 0 and ours[100] == pytest.approx(1) and (np.diff(ours[:101]) >= 0).all()
+        np.testing.assert_allclose(ours, sorted_shares(x_t, gamma, fractions), atol=3e-4)
+        assert terms.hardest(gamma, 0.01) == pytest.approx(1 - sorted_shares(x_t, gamma, 0.99), abs=3e-4)
+
+
+def test_shares_by_hand():
+    """Three terms of ln 2 and one of nearly 0, in order of size; and x_t beyond all bins still count."""
+    terms = distribution.Terms()
+    terms.add(np.float32([0, 30, 0, 0]))
+    assert terms.shares(0.0, [0.25, 0.5, 1]) == pytest.approx([0, 1 / 3, 1], abs=1e-6)
+    assert terms.hardest(0.0, 0.25) == pytest.approx(1 / 3)
+    terms = distribution.Terms()
+    terms.add(np.float32([-100, -300, 500]))
+    assert terms.hardest(2.0, 2 / 3) == pytest.approx(1) and terms.sums[3].sum() == pytest.approx(400)
+
+
+def test_terms_are_those_of_the_targets(run, tiny_config, data_dir):
+    """Every prediction of a background anchor, and of a positive anchor that of its class; none of an ignored one."""
+    config, model = tiny_config(data_dir), distribution.load_run(run)[1]
+    dataset = sources.open_split(config.data, "train")
+    positive, negative, seen = distribution.collect(model, dataset, config)
+    expected = {"positive": [], "negative": []}
+    for i in range(len(dataset)):
+        pixels, size, scale = pipeline.fit(sources.image_of(dataset, i)[None], 64, 64)
+        logits = model.outputs_in_graph(pixels, size[None])["logits"].numpy()[0]
+        anchors = np.asarray(anchor_boxes(*pixels.shape[1:3], config.anchors))
+        classes, _ = reference.assign(anchors, dataset.boxes_of(i) * scale, dataset.labels_of(i), "detectron")
+        chosen = np.flatnonzero(classes >= 0)
+        expected["positive"].append(logits[chosen, classes[chosen]])
+        expected["negative"].append(-logits[classes == -1].reshape(-1))
+    assert seen == len(dataset) == 10
+    for terms, x_t in ((positive, expected["positive"]), (negative, expected["negative"])):
+        x_t = np.concatenate(x_t)
+        assert len(x_t) > 20 and terms.counts.sum() == len(x_t)
+        for row, gamma in enumerate(distribution.GAMMAS):
+            loss = (1 - sigmoid(np.float64(x_t))) ** gamma * np.log1p(np.exp(-np.float64(x_t)))
+            assert terms.sums[row].sum() == pytest.approx(loss.sum(), rel=1e-5)
+
+
+def test_it_stops_at_the_papers_numbers_of_windows(run, tiny_config, data_dir, monkeypatch):
+    config, model = tiny_config(data_dir), distribution.load_run(run)[1]
+    dataset = sources.open_split(config.data, "train")
+    monkeypatch.setattr(distribution, "CHUNK", 2)
+    monkeypatch.setattr(distribution, "POSITIVES", 1)
+    monkeypatch.setattr(distribution, "NEGATIVES", 1000)
+    assert distribution.collect(model, dataset, config)[2] < 10
+    assert distribution.collect(model, dataset, config, images=5)[2] == 5
+
+
+def test_figure4_tells_its_findings_beside_the_papers_words(run, tmp_path, monkeypatch, capsys):
+    run_command(monkeypatch, "figure", 4, "--run", run, "--split", "train", "--to", tmp_path)
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "figure4.json").read_text())
+    columns = {name: np.float64(values) for name, values in table(tmp_path, 4).items()}
+    assert found["split"] == "train" and found["images"] == 10 and found["negatives"] > found["positives"] > 0
+    for kind, name, easy in (
+        ("positive", "positive loss in the hardest 20%", 0.8), ("negative", "negative loss in the hardest 1%", 0.99)
+    ):  # fmt: skip
+        row = int(np.argmin(np.abs(columns["easiest fraction"] - easy)))
+        for gamma, share in found[name].items():
+            assert share == pytest.approx(1 - columns[f"{kind} gamma={gamma}"][row], abs=1e-3)
+        assert f"γ = 2: {100 * found[name]['2']:.1f}%" in said
+    assert "roughly half of the positive loss" in said and "the vast majority of the loss" in said
+
+
+def test_figure4_of_no_run_or_no_objects_says_so(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="There is no run"):
+        run_command(monkeypatch, "figure", 4, "--run", tmp_path)
+    data = Path(json.loads((run / "config.json").read_text())["data"]["dir"])
+    shutil.copytree(data, tmp_path / "data")
+    file = tmp_path / "data/annotations/instances_val.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    with pytest.raises(UserError, match="no positive anchors"):
+        run_command(
+            monkeypatch, "figure", 4, "--run", run, "--split", "val", "--to", tmp_path, "--set",
+            f"data.dir={tmp_path / 'data'}", "data.source=coco",
+        )  # fmt: skip
+
+
+# Figure 7
+
+
+def finish(folder, name, ap):
+    (folder / name / "eval/test").mkdir(parents=True)
+    (folder / name / "eval/test/metrics.json").write_text(json.dumps({"AP": ap}))
+
+
+def test_every_declared_run_is_a_configuration_of_its_own():
+    seen = set()
+    for name, setting in star.settings().items():
+        loss = load_config(ROOT / "configs/shapes.json", star.overrides(name)).loss
+        assert loss.alpha == 0.25
+        if setting is None:
+            assert (loss.kind, loss.gamma) == ("focal", 2.0)
+        else:
+            assert (loss.kind, loss.gamma, loss.star_beta) == ("focal_star", *setting)
+        seen.add((loss.kind, loss.gamma, loss.star_beta))
+    assert len(seen) == len(star.settings()) == 16
+    assert {(2.0, 1.0), (4.0, 0.0)} <= set(star.settings().values())  # those of Table 3
+
+
+def test_figure7_plots_what_is_done_and_lists_what_is_missing(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    words = ["figure", 7, "--runs", runs, "--config", ROOT / "configs/shapes.json", "--to", tmp_path]
+    run_command(monkeypatch, *words, "--set", "train.iterations=50")
+    said = capsys.readouterr().out
+    assert said.count("python train.py") == 16 and set(table(tmp_path, 7)["state"]) == {"not run"}
+    assert f"--workdir {runs}/g2_b1 --set loss.kind=focal_star" in said and said.count("train.iterations=50") == 16
+    assert not shows(tmp_path / "figure7.png", BLUE)
+
+    finish(runs, "g2_b1", 0.34)
+    assert star.states(runs)["g2_b1"] == ("not compared", 0.34)
+    finish(runs, "focal", 0.34)
+    finish(runs, "g2_b0", 0.335)  # the paper's own limit
+    finish(runs, "g1_b0", 0.3349)
+    finish(runs, "g1_b-2", None)  # nothing to be found
+    (runs / "g4_b-2/failed").mkdir(parents=True)
+    (runs / "g4_b-2/failed/step-7.npz").touch()
+    (runs / "g4_b2").mkdir()  # begun, not at its end
+    capsys.readouterr()
+    run_command(monkeypatch, *words)
+    said = capsys.readouterr().out
+    columns = table(tmp_path, 7)
+    states = dict(zip(columns["run"], columns["state"], strict=True))
+    assert {name: state for name, state in states.items() if state != "not run"} == {
+        "focal": "effective", "g2_b1": "effective", "g2_b0": "effective", "g1_b0": "not effective",
+        "g1_b-2": "not effective", "g4_b-2": "diverged",
+    }  # fmt: skip
+    assert said.count("python train.py") == 10 and "g4_b2 " in said and "g2_b1 " not in said
+    assert shows(tmp_path / "figure7.png", BLUE) and shows(tmp_path / "figure7.png", RED)
+    with pytest.raises(UserError, match="several splits"):
+        (runs / "focal/eval/val").mkdir()
+        shutil.copy(runs / "focal/eval/test/metrics.json", runs / "focal/eval/val")
+        star.states(runs)
+    with pytest.raises(UserError, match="loss.gama"):
+        run_command(monkeypatch, *words, "--set", "loss.gama=1")
