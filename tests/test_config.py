@@ -116,7 +116,7 @@ def test_an_unknown_key_like_no_other_names_the_sections():
     message = error_of({"qqqqqqq": 1})
     assert (
         "unknown key qqqqqqq." in message
-        and "data, detection, eval, loss, mining, model, strategy, targets, train" in message
+        and "data, detection, eval, loss, mining, model, serving, strategy, targets, train" in message
     )
 
 
