@@ -28,7 +28,10 @@ SMALL = {
     "train.checkpoint_every": 200, "train.keep_checkpoints": 1, "train.log_every": 10,
     "strategy.kind": "default", "eval.every": 0, "eval.pictures": 4,
 }  # fmt: skip
-FEW_STEPS = {"train.iterations": 4, "train.batch_size": 2, "train.warmup": 2, "train.log_every": 2, "model.width": 16}
+FEW_STEPS = {  # anchors half as large, as some images are
+    "train.iterations": 4, "train.batch_size": 2, "train.warmup": 2, "train.log_every": 2, "model.width": 16,
+    "anchors.size": 1.0,
+}  # fmt: skip
 # §5.1, Network Initialization, is about SGD without clipping; AdamW's steps do not grow with the gradient.
 PLAIN_SGD = {
     "train.iterations": 300, "train.optimizer": "sgd", "train.learning_rate": 0.01,
