@@ -201,6 +201,20 @@ def test_the_operations_of_a_model(small_model, depth, size):
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize("stride_in", ["1x1", "3x3"])
+def test_the_stages_of_a_resnet50(small_model, stride_in):
+    """A stem, 3, 4, 6 and 3 blocks of three convolutions, a shortcut in each stage, wherever the stride is."""
+    model = small_model(1, "resnet50", stride_in=stride_in)
+    rows = [row for row in architecture.operations(model, 64, 64) if row["part"] == "backbone"]
+    stages = architecture.stages(rows)
+    convs = [sum(row["kind"] == "Conv2D" for row in stage) for stage in stages]
+    assert [stage[-1]["output"] for stage in stages] == [None, None, None, "c3", "c4", "c5"]
+    assert [(stage[-1]["height"], stage[-1]["channels"]) for stage in stages[1:]] == [
+        (32, 8), (16, 32), (8, 64), (4, 128), (2, 256)
+    ]  # fmt: skip
+    assert convs == [0, 1, 10, 13, 19, 10]
+
+
 def test_figure3_follows_the_configuration(tiny_config, data_dir, tmp_path, monkeypatch):
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps(tiny_config(data_dir, model={"head_depth": 3}).to_dict()))

@@ -122,20 +122,35 @@ def _draw(model, rows, size):
     return figure
 
 
+def stages(rows):
+    """The backbone's operations by resolution, from the image up: lists of rows, each ending with its last feature map.
+
+    That is an output, or the end of the last residual block: what follows it at the same resolution (a block may
+    change that in its second convolution) is the next stage's.
+    """
+    rows = [row for row in rows if row["kind"] not in LABELS]
+    by_name = {row["node"]: row for row in rows}
+
+    def rank(row):
+        return bool(row["output"]), any(by_name.get(name, {}).get("kind") == "Add" for name in row["inputs"])
+
+    ends = []
+    for height in dict.fromkeys(row["height"] for row in rows):
+        places = [i for i, row in enumerate(rows) if row["height"] == height]
+        ends.append(max(places, key=lambda i: (rank(rows[i]), i)))
+    starts = [0, *(end + 1 for end in ends)]
+    return [rows[start : end + 1] for start, end in zip(starts, ends, strict=False)]
+
+
 def _draw_backbone(axis, rows, size, placed):
-    """One box for each resolution, from the image up."""
-    stages = {}
-    for row in rows:
-        if row["kind"] not in LABELS:
-            stages.setdefault(row["height"], []).append(row)
+    """One box for each resolution."""
     below = None
-    for height, stage in stages.items():
-        y = _level(height, size)
+    for stage in stages(rows):
+        y = _level(stage[-1]["height"], size)
         convs = sum("Conv2D" in row["kind"] for row in stage)
-        name = next((row["output"].upper() for row in stage if row["output"]), "")
-        shape = _shape(stage[-1])
+        name = (stage[-1]["output"] or "").upper()
         content = f"{convs} conv" + "s" * (convs > 1) if convs else "image"
-        words = "\n".join(filter(None, [name, shape, content]))
+        words = "\n".join(filter(None, [name, _shape(stage[-1]), content]))
         _box(axis, 0, y, words, "backbone", width=1.7)
         for row in stage:
             placed[row["node"]] = (X_BACKBONE, y)
