@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data import inspection, pipeline, sources
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.results import evaluation
 
@@ -220,3 +220,11 @@ def test_folders_of_ones_own_are_where_the_configuration_says(files, tmp_path):
     (tmp_path / "train").mkdir()
     dataset = sources.open_split(data_config(tmp_path), "train")
     assert sources.unusable_images(dataset, np.arange(len(dataset))) == []
+
+
+def test_a_set_of_tfds_is_inspected_like_files(tfds_dir, tmp_path):
+    settings = {"dir": str(tfds_dir), "train_split": "trainval35k", "val_split": "minival"}
+    report = inspection.inspect(config_from_dict({"data": settings, "anchors": {"size": 1.0}}), tmp_path)
+    numbers = report["splits"]["minival"]
+    assert numbers["images"] == len(miniature.VAL) and numbers["left_out"]["crowd"] == 1
+    assert (tmp_path / "minival_boxes.png").stat().st_size > 1000
