@@ -122,7 +122,9 @@ def test_detections_are_the_frameworks(released):
         assert np.abs(found["boxes"][same] - box).max(axis=1).min() < 0.02
 
 
-@pytest.mark.parametrize("released", ["Detectron R50", "torchvision v2"], indirect=True)
+@pytest.mark.parametrize(
+    "released", ["Detectron R50", pytest.param("torchvision v2", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_model_can_be_saved_and_trained(released, tmp_path):
     """Detections after saving are the same, and so are the parts that are frozen."""
     _, _, model = released

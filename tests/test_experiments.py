@@ -280,7 +280,8 @@ def start(to, *more):
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_table_that_is_killed_goes_on_without_redoing_or_losing_a_row(tmp_path, number):
     """In the second row's training. After SIGKILL that goes on alone, and the next start waits for it."""
     process = start(tmp_path)

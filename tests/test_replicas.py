@@ -41,11 +41,14 @@ def check_equal(folder, replicas, **settings):
     return one, many
 
 
-@pytest.mark.parametrize(("norm", "normalizer"), [("frozen", "minibatch"), ("group", "image")])
+@pytest.mark.parametrize(
+    ("norm", "normalizer"), [pytest.param("frozen", "minibatch", marks=pytest.mark.slow), ("group", "image")]
+)
 def test_two_replicas_train_as_one(tmp_path, norm, normalizer):
     check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False)
 
 
+@pytest.mark.slow
 def test_each_replica_traces_once_and_xla_compiles_each_shape_once_for_it(tmp_path):
     """Two shapes, by turns, six steps."""
     dump = tmp_path / "xla"

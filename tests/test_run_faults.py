@@ -34,7 +34,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data
     assert len(values) > 100 and all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", [pytest.param("group", marks=pytest.mark.slow), "batch"])
 def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     tiny_config, data_dir, tmp_path, capsys, norm
 ):

@@ -57,7 +57,7 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
         assert not all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
 
 
-@pytest.mark.parametrize("norm", ["group", "batch", "frozen"])
+@pytest.mark.parametrize("norm", [pytest.param("group", marks=pytest.mark.slow), "batch", "frozen"])
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
     images, truth = batch()

@@ -110,7 +110,7 @@ def test_what_may_change_between_starts_is_told(tiny_config, data_dir, finished,
     assert config_from_dict(json.loads(folder.config_file.read_text())) == changed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(
     tiny_config, data_dir, finished, tmp_path, monkeypatch, capsys, number
 ):
@@ -146,6 +146,7 @@ def test_a_signal_outside_of_steps_and_a_second_one_end_at_once():
                 signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_float16_run_counts_the_steps_its_optimizer_leaves_out(tiny_config, data_dir, tmp_path):
     """The first gradients overflow at a scale of 2^15 times as much, made here; the images go on regardless."""
     folder = RunFolder(tmp_path / "run")
@@ -176,6 +177,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_config, data_dir
         np.testing.assert_array_equal(ours, theirs)  # and step 6 was written again
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_missed_is_made_up(tiny_config, data_dir, finished, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "missed")
 
