@@ -62,11 +62,7 @@ def decode_levels(
         best = ops.sigmoid(ops.cast(best, "float32"))
         last = p7_threshold is not None and level == len(logits) - 1
         picked_scores.append(ops.where(best > (p7_threshold if last else score_threshold), best, 0.0))
-        picked_boxes.append(
-            boxes.decode(
-                ops.take(level_anchors, anchor, axis=0), ops.take_along_axis(level_deltas, anchor[..., None], axis=1)
-            )
-        )
+        picked_boxes.append(boxes.decode(ops.take(level_anchors, anchor, axis=0), _rows(level_deltas, anchor)))
         picked_labels.append(label)
     scores = ops.concatenate(picked_scores, axis=1)  # [B, N]
     candidates = ops.concatenate(picked_boxes, axis=1)  # [B, N, 4]
@@ -107,12 +103,19 @@ def _top_pairs(logits, k):
     num_classes = logits.shape[-1]
     rows = _smaller(k, ops.shape(logits)[1])
     _, anchor = ops.top_k(ops.max(logits, axis=-1), rows)  # [B, rows]
-    best_rows = ops.take_along_axis(logits, anchor[..., None], axis=1)  # [B, rows, K]
+    best_rows = _rows(logits, ops.cast(anchor, "int32"))  # [B, rows, K]
     flat = ops.reshape(best_rows, (ops.shape(logits)[0], -1))
     values, index = ops.top_k(flat, _smaller(k, rows * num_classes))
     index = ops.cast(index, "int32")
     row, label = index // num_classes, index % num_classes
     return values, ops.take_along_axis(ops.cast(anchor, "int32"), row, axis=1), label
+
+
+def _rows(values, index):
+    """Rows of [B, A, C] by int32 [B, k] -> [B, k, C]: `take_along_axis` would look up each of the C numbers."""
+    batch, count = ops.shape(values)[:2]
+    first = ops.arange(batch, dtype="int32")[:, None] * count
+    return ops.take(ops.reshape(values, (-1, values.shape[-1])), first + index, axis=0)
 
 
 def _smaller(a, b):
