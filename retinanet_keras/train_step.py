@@ -82,9 +82,12 @@ def update(model, own, statistics=None):
     Raises:
         tf.errors.InvalidArgumentError: with the message NOT_FINITE, as `statistics` says.
     """
-    sums, gradients = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
+    several = model.distribute_strategy.num_replicas_in_sync > 1
+    if several:  # on one, TensorFlow's all-reduce loses the assignments to moving statistics within `fit`
+        own = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
+    sums, gradients = own
     classification, box, divisor, _, images = sums
-    if model.distribute_strategy.num_replicas_in_sync > 1 and model.normalizer == "minibatch":
+    if several and model.normalizer == "minibatch":
         gradients = [gradient * (images / divisor) for gradient in gradients]
     scale = model.optimizer.scale_loss(1.0)
     norm = tf.linalg.global_norm(gradients) / scale

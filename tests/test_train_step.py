@@ -37,6 +37,28 @@ def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model,
     assert float(logs["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_fit_moves_the_statistics_of_batch_normalisation(small_model, jit_compile):
+    """Three steps at rate 0: a statistic that one forward pass moves by d from 0 is at (1 - momentum^3) d' then."""
+    model = small_model(norm="batch", freeze_at=0)
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    model.compile(keras.optimizers.SGD(0.0), jit_compile=jit_compile)
+    images, truth = batch()
+    start = [layer.moving_variance.numpy() for layer in layers]
+    model(images, training=True)
+    means = [layer.moving_mean.numpy() / (1 - layer.momentum) for layer in layers]  # of the batch
+    moved = [layer.moving_variance.numpy() - before for layer, before in zip(layers, start, strict=True)]
+    for layer, before in zip(layers, start, strict=True):
+        layer.moving_mean.assign(np.zeros_like(before))
+        layer.moving_variance.assign(before)
+    model.fit(tf.data.Dataset.from_tensors((images, truth)).repeat(3), verbose=0)
+    for layer, mean, before, by in zip(layers, means, start, moved, strict=True):
+        share = 1 - layer.momentum**3
+        assert np.abs(mean).max() > 1e-3
+        np.testing.assert_allclose(layer.moving_mean, share * mean, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(layer.moving_variance, before + by * share / (1 - layer.momentum), rtol=1e-3)
+
+
 @pytest.mark.parametrize("check_finite", [True, False])
 def test_a_step_that_is_not_finite(small_model, check_finite):
     model = compiled(small_model, keras.optimizers.AdamW(0.01), check_finite=check_finite)
