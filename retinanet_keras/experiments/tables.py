@@ -23,7 +23,7 @@ SMALL = {
     "data.shapes.size": [0.07, 0.25], "data.shapes.clutter": 20,
     "model.backbone": "resnet18", "model.weights": None, "model.width": 32, "model.norm": "batch",
     "model.freeze_at": 0, "model.fpn_channels": 64, "model.head_depth": 2, "anchors.size": 2.0,
-    "train.iterations": 1200, "train.batch_size": 8, "train.optimizer": "adamw", "train.learning_rate": 0.001,
+    "train.iterations": 600, "train.batch_size": 8, "train.optimizer": "adamw", "train.learning_rate": 0.001,
     "train.schedule": "cosine", "train.warmup": 50, "train.weight_decay": 0.004, "train.clip_norm": 10,
     "train.checkpoint_every": 200, "train.keep_checkpoints": 1, "train.log_every": 10,
     "strategy.kind": "default", "eval.every": 0, "eval.pictures": 4,
