@@ -85,6 +85,13 @@ def test_a_giant_is_refused_by_its_header_alone():
     assert check(encoded("PNG")).numpy() == encoded("PNG")
 
 
+@pytest.mark.parametrize("data", [b"", b"nothing", b"\xff\x0a" + bytes(99), b"\0\0\0\x0cJXL \r\n\x87\n", b"II*\0"])
+def test_other_formats_are_refused_before_they_are_decoded(data):
+    """JPEG XL among them, which some TensorFlows decode."""
+    with pytest.raises(tf.errors.InvalidArgumentError, match="expected JPEG, PNG, GIF, BMP or WebP"):
+        headers.checked(data, 10**6)
+
+
 def test_the_limit_itself_passes():
     data = encoded("PNG")
     assert headers.checked(data, WIDTH * HEIGHT).numpy() == data

@@ -10,21 +10,23 @@ def checked(encoded, max_pixels):
     """The bytes, where the image they hold has at most so many pixels, those of all frames of a GIF counted.
 
     Args:
-        encoded: string scalar, JPEG, PNG, GIF, BMP or WebP; others pass, and fail in decoding.
+        encoded: string scalar, JPEG, PNG, GIF, BMP or WebP. No others: what TensorFlow could decode besides, now or in
+            another release, has a size that is not known here.
 
     Raises, when run:
-        InvalidArgumentError: the image is larger, or its header is cut off.
+        InvalidArgumentError: the image is larger, its header is cut off, or its format is another.
     """
     found = pixels(encoded)
+    known = tf.debugging.Assert(found >= 0, ["expected JPEG, PNG, GIF, BMP or WebP, the first bytes are of none"])
     fits = tf.debugging.Assert(
         found <= max_pixels, ["expected an image of at most", max_pixels, "pixels, its header says", found]
     )
-    with tf.control_dependencies([fits]):
+    with tf.control_dependencies([known, fits]):
         return tf.identity(encoded)
 
 
 def pixels(encoded):
-    """How many pixels will be decoded, int64 scalar; 0 for a format that is not known."""
+    """How many pixels will be decoded, int64 scalar; -1 for a format that is not known."""
     data = tf.io.decode_raw(encoded, tf.uint8, fixed_length=START)  # zeros where it is shorter
     data = tf.cast(tf.ensure_shape(data, [START]), tf.int64)
 
@@ -39,7 +41,7 @@ def pixels(encoded):
             (begins(b"BM"), lambda: tf.abs(_signed(data[18:22])) * tf.abs(_signed(data[22:26]))),
             (begins(b"RIFF") & begins(b"WEBP", 8), lambda: _webp(data, begins)),
         ],
-        default=lambda: tf.constant(0, tf.int64),
+        default=lambda: tf.constant(-1, tf.int64),
     )
 
 
