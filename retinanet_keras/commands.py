@@ -12,8 +12,8 @@ from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.results import draw, table
 from retinanet_keras.serving import detector
+from retinanet_keras.serving import onnx as onnx_file
 from retinanet_keras.serving.export import export_model, search_function
-from retinanet_keras.serving.onnx import write as write_onnx
 from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunFolder
@@ -76,7 +76,8 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
         metrics = _metrics(RunFolder(workdir), config.data) if workdir else None
         print(f"written to {export_model(model, config, to, precision=precision, metrics=metrics, run=bool(workdir))}")
     if onnx:
-        print(f"written to {write_onnx(search_function(model, config, precision), model.categories, onnx)}")
+        search = search_function(model, config, precision, onnx_file.resize)
+        print(f"written to {onnx_file.write(search, model.categories, onnx)}")
     return 0
 
 

@@ -9,6 +9,10 @@ import copy
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--run", help="folder of a trained run, whose model and images test_export_elsewhere.py takes")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_graphs():
     """What a file of tests has traced is let go after it: memory stays bounded."""

@@ -1,4 +1,8 @@
-"""An export outside of this package finds the same: TF Serving's loader in C++, the graph rewriter, ONNX."""
+"""An export outside of this package finds the same: TF Serving's loader in C++, the graph rewriter, gRPC, ONNX.
+
+By default with a run of a few steps and pictures of noise. `pytest tests/test_export_elsewhere.py --run runs/bccd`
+takes a trained one instead, and parts of the first images of its test split.
+"""
 
 import io
 import json
@@ -11,32 +15,58 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from serving_double import Double
 
 from retinanet_keras import commands
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import pipeline
+from retinanet_keras.data import pipeline, sources
 from retinanet_keras.errors import UserError
 from retinanet_keras.serving import export
 from retinanet_keras.serving import onnx as onnx_file
+from retinanet_keras.serving.conversation import connect
 from retinanet_keras.training.checkpoints import load_run
 
 SIZES = [(96, 64), (64, 96), (80, 80), (50, 120)]  # height, width
 
 
 @pytest.fixture(scope="module")
-def trained(finished):
-    """(config, model) of a run; its scores are low and different."""
-    return load_run(finished[0].path)
+def run_folder(request):
+    return request.config.getoption("--run") or request.getfixturevalue("finished")[0].path
 
 
 @pytest.fixture(scope="module")
-def saved(finished):
-    return finished[0].export / "1"
+def trained(run_folder):
+    """(config, model) of the run; after a few steps its scores are low and different."""
+    return load_run(run_folder)
 
 
-def picture(size, seed=0):
-    rng = np.random.default_rng([seed, *size])
-    return np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), "uint8")).resize(size[::-1], Image.BICUBIC))
+@pytest.fixture(scope="module")
+def base_path(run_folder, tmp_path_factory):
+    to = tmp_path_factory.mktemp("served")
+    assert commands.export(to, run_folder) == 0
+    return to
+
+
+@pytest.fixture(scope="module")
+def saved(base_path):
+    return base_path / "1"
+
+
+@pytest.fixture(scope="module")
+def picture(request, trained):
+    """A function of a size (height, width) and a seed to an image uint8 [H, W, 3]."""
+    data = trained[0].data
+    split = sources.open_split(data, data.test_split) if request.config.getoption("--run") else None
+
+    def make(size, seed=0):
+        if split is None:
+            noise = np.random.default_rng([seed, *size]).integers(0, 256, (6, 8, 3), "uint8")
+            return np.asarray(Image.fromarray(noise).resize(size[::-1], Image.BICUBIC))
+        with Image.open(split.files[seed]) as image:
+            part = 3 * min(image.width / size[1], image.height / size[0]) / 4
+            return np.asarray(image.convert("RGB").crop((0, 0, round(part * size[1]), round(part * size[0]))))
+
+    return make
 
 
 def own_path(trained, image):
@@ -86,7 +116,7 @@ def program(tmp_path_factory):
     return out
 
 
-def test_tf_servings_loader_in_cpp(trained, saved, program, tmp_path):
+def test_tf_servings_loader_in_cpp(trained, saved, picture, program, tmp_path):
     """Three images of one size, and a batch of mixed sizes and orientations, after bytes that are no image."""
     same = [picture(SIZES[0], seed) for seed in range(3)]
     (tmp_path / "pixels").write_bytes(np.stack(same).tobytes())
@@ -94,7 +124,7 @@ def test_tf_servings_loader_in_cpp(trained, saved, program, tmp_path):
     for i, image in enumerate(mixed):
         (tmp_path / f"{i}.png").write_bytes(as_png(image))
     files = [tmp_path / f"{i}.png" for i in range(len(mixed))]
-    height, width = SIZES[0]
+    height, width = same[0].shape[:2]
     command = [program, saved, height, width, tmp_path / "pixels", *files]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -118,14 +148,26 @@ def run_in_session(saved, signature, value, config=None):
     ]
 
 
-def test_the_session_loader_with_mixed_sizes_in_a_batch_and_alone(trained, saved):
+def test_the_session_loader_with_mixed_sizes_in_a_batch_and_alone(trained, saved, picture):
     images = [picture(size) for size in SIZES]
     for found, image in zip(run_in_session(saved, "serving_bytes", [as_png(i) for i in images]), images, strict=True):
         assert_same(found, own_path(trained, image))
         assert_same(run_in_session(saved, "serving_bytes", [as_png(image)])[0], found, 1e-6, 1e-3)
 
 
-def test_the_graph_rewriter_of_mixed_precision(saved):
+def test_grpc_with_mixed_sizes_and_with_pixels(trained, base_path, picture):
+    """By way of the double of a server."""
+    images = [picture(size) for size in SIZES]
+    with Double(base_path) as double, connect(double.grpc, "shapes") as ask:
+        found = ask("serving_bytes", {"image_bytes": [as_png(image) for image in images]})
+        for i, image in enumerate(images):
+            expected, pixels = own_path(trained, image), ask("serving_default", {"images": image[None]})
+            for answer, row in ((found, i), (pixels, 0)):
+                n = answer["num_detections"][row]
+                assert_same([answer[name][row, :n] for name in ("scores", "labels", "boxes")], expected)
+
+
+def test_the_graph_rewriter_of_mixed_precision(saved, picture):
     """What `tensorflow_model_server --mixed_precision=bfloat16` sets: scores move by less than bfloat16's steps do."""
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = 1  # RewriterConfig.ON
@@ -135,12 +177,12 @@ def test_the_graph_rewriter_of_mixed_precision(saved):
     np.testing.assert_allclose(found[0][:20], exact[0][:20], atol=0.02)
 
 
-def test_onnx_finds_the_same(trained, finished, tmp_path):
+def test_onnx_finds_the_same(trained, run_folder, picture, tmp_path):
     """One file for any batch, height and width, written by the command alone."""
     pytest.importorskip("tf2onnx", reason="the extra `onnx` is not installed")
     onnx = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     path = tmp_path / "to" / "model.onnx"
-    assert commands.export(None, finished[0].path, onnx=path) == 0
+    assert commands.export(None, run_folder, onnx=path) == 0
     session = onnx.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["categories"]) == trained[1].categories
     names = [output.name for output in session.get_outputs()]
@@ -157,10 +199,11 @@ def test_without_its_packages_onnx_says_what_to_install(trained, tmp_path, monke
         onnx_file.write(None, trained[1].categories, tmp_path / "model.onnx")
 
 
-def test_the_limit_of_pixels_is_the_configurations(trained, tmp_path):
+def test_the_limit_of_pixels_is_the_configurations(trained):
     config, model = trained
     small = config_from_dict({**config.to_dict(), "serving": {"max_pixels": 80 * 80}})
     bytes_of = export.signatures(model, small)[1]
-    assert bytes_of(tf.constant([as_png(picture((80, 80)))]))["boxes"].shape == (1, 100, 4)
+    square = as_png(np.zeros((80, 80, 3), "uint8"))
+    assert bytes_of(tf.constant([square]))["boxes"].shape == (1, config.detection.max_detections, 4)
     with pytest.raises(tf.errors.InvalidArgumentError, match="at most"):
-        bytes_of(tf.constant([as_png(picture((80, 81)))]))
+        bytes_of(tf.constant([as_png(np.zeros((80, 81, 3), "uint8"))]))

@@ -36,19 +36,20 @@ def padded(size):
     return (size + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE  # ONNX rounds negative quotients up
 
 
-def fit(images, short_side, max_side, canvas=None):
+def fit(images, short_side, max_side, canvas=None, resize=augmentation.resize):
     """Resize and pad images of one size.
 
     Args:
         images: uint8 [B, H, W, 3].
         canvas: int [2], height and width to pad to; None: the next multiples of 32.
+        resize: `augmentation.resize`, or what does the same.
 
     Returns:
         uint8 [B, H', W', 3]; the size before padding, int32 [2]; the scale, float32 scalar.
     """
     size, scale = resized(tf.shape(images)[1:3], short_side, max_side)
     canvas = padded(size) if canvas is None else canvas
-    return augmentation.pad(augmentation.resize(images, size), canvas), size, scale
+    return augmentation.pad(resize(images, size), canvas), size, scale
 
 
 def to_original(boxes, scale, sizes):

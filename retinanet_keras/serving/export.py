@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data import augmentation, pipeline, sources
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.serving import card, headers, inference, warmup
 
@@ -94,7 +94,7 @@ def signatures(model, config, precision=None):
     return images, image_bytes
 
 
-def search_function(model, config, precision=None):
+def search_function(model, config, precision=None, resize=augmentation.resize):
     """The function within `signatures`, for one graph: images [B, H, W, 3] to the dict that is described there."""
     data = config.data
     categories = Categories.from_list(model.categories)
@@ -102,7 +102,7 @@ def search_function(model, config, precision=None):
     detect = inference.detect_function(model, precision)
 
     def search(images):
-        canvas, size, scale = pipeline.fit(images, data.short_side, data.max_side)
+        canvas, size, scale = pipeline.fit(images, data.short_side, data.max_side, resize=resize)
         found = detect(canvas, tf.tile(size[None], [tf.shape(images)[0], 1]))
         row = tf.where(found["labels"] >= 0, found["labels"], len(categories))  # the last is for "nothing"
         return {

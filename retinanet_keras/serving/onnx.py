@@ -17,7 +17,7 @@ def write(search, categories, path):
     """Write an ONNX model of any batch, height and width.
 
     Args:
-        search: of `export.search_function`.
+        search: of `export.search_function`, with `resize` of this module.
         categories: list of {"label", "id", "name"}, kept in the file's metadata: ONNX gets no `names`.
         path: of the file.
 
@@ -36,7 +36,7 @@ def write(search, categories, path):
 
     @tf.function(input_signature=spec, autograph=False)
     def numbers(images):
-        found = search(tf.cast(images, tf.float32))  # ONNX would resize uint8 to uint8
+        found = search(images)
         return {name: tf.identity(found[name], name=name) for name in OUTPUTS}
 
     model, _ = tf2onnx.convert.from_function(numbers, spec, opset=OPSET)
@@ -46,3 +46,20 @@ def write(search, categories, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def resize(images, size):
+    """`augmentation.resize` in the steps of TensorFlow's kernel: those of ONNX's Resize round other pixels up."""
+    import tensorflow as tf
+
+    pixels = tf.cast(images, tf.float32)
+    for axis in (2, 1):
+        have, want = tf.shape(images)[axis], size[axis - 1]
+        ratio = tf.cast(have, tf.float32) / tf.cast(want, tf.float32)
+        place = (tf.cast(tf.range(want), tf.float32) + 0.5) * ratio - 0.5
+        low = tf.floor(place)
+        before = tf.gather(pixels, tf.maximum(tf.cast(low, tf.int32), 0), axis=axis)
+        after = tf.gather(pixels, tf.minimum(tf.cast(tf.math.ceil(place), tf.int32), have - 1), axis=axis)
+        share = tf.reshape(place - low, [-1, 1] if axis == 2 else [-1, 1, 1])
+        pixels = before + (after - before) * share
+    return tf.cast(tf.round(pixels), tf.uint8)
