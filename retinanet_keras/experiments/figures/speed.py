@@ -1,6 +1,5 @@
 """Figure 2: milliseconds an image against AP, the paper's and, where there are runs, those measured here."""
 
-import csv
 import json
 import time
 from pathlib import Path
@@ -9,11 +8,12 @@ import numpy as np
 
 from retinanet_keras.data import pipeline, sources
 from retinanet_keras.errors import UserError
+from retinanet_keras.experiments import paper
 from retinanet_keras.experiments.figures import sheet
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunFolder
 
-PAPER = Path(__file__).with_name("paper_speed.csv")
+OTHERS = ("faster_rcnn_fpn", "yolov2", "ssd513", "dssd513")  # of Table 2
 COLUMNS = ("whose", "method", "scale", "AP", "milliseconds", "source")
 LABELS = {("RetinaNet-50", scale): (4, -12) for scale in ("600", "700", "800")}  # beside their points, in points
 LABELS["RetinaNet-101", "400"] = (6, -10)
@@ -22,12 +22,18 @@ REPEATS = 10  # timed detections of one image, of which the median counts
 
 def of_the_paper():
     """The paper's points: dicts of method, scale, AP in percent, milliseconds (None: not in its text), source."""
-    with open(PAPER, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        {**row, "AP": float(row["AP"]), "milliseconds": float(row["milliseconds"]) if row["milliseconds"] else None}
-        for row in rows
-    ]
+    points = [
+        {"method": f"RetinaNet-{row['depth']}", "scale": str(row["scale"]), "AP": row["AP"],
+         "milliseconds": row["time"], "source": "Table 1e"}
+        for row in paper.rows("1e").values()
+    ]  # fmt: skip
+    for name in OTHERS:
+        row, printed = paper.rows("2")[name], paper.rows("speed").get(name, {}).get("time")
+        source = f"AP: Table 2; time: {paper.about('speed')['where']}" if printed else "Table 2"
+        points.append(
+            {"method": row["method"], "scale": "", "AP": row["AP"], "milliseconds": printed, "source": source}
+        )
+    return points
 
 
 def of_runs(folder, measure=None):
@@ -70,12 +76,12 @@ def detection_time(run, split):
 
 def figure2(to, runs=None):
     """Figure 2. `runs`: a folder of evaluated runs, which get a panel of their own: another machine, other images."""
-    paper, own = of_the_paper(), of_runs(runs) if runs else []
+    printed, own = of_the_paper(), of_runs(runs) if runs else []
     figure, axes = sheet.panels(2 if own else 1, (11 if own else 6.4, 4.6))
-    _draw_paper(axes[0], paper)
+    _draw_paper(axes[0], printed)
     if own:
         _draw_own(axes[1], own)
-    rows = [["the paper", *(row[c] for c in COLUMNS[1:])] for row in paper]
+    rows = [["the paper", *(row[c] for c in COLUMNS[1:])] for row in printed]
     rows += [["measured here", *(row[c] for c in COLUMNS[1:])] for row in own]
     return sheet.save(to, "figure2", figure, COLUMNS, rows)
 
