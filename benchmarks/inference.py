@@ -9,8 +9,8 @@ The floor is the counted arithmetic of our convolutions at the rate of this mach
 
 Each subject has a process of its own; they take turns, image by image, so that whatever else the machine does falls on
 all, and medians are compared. Of what comes after the heads, the worst case is timed: every level's 1,000 best pass.
-The warmed signatures are called a hundred times at 64 x 64. The exit status is 1 where a bound is missed. Ten minutes
-on two CPU cores.
+Batches, and requests that come at once, are timed with one thread an operation and with all. The warmed signatures are
+called a hundred times at 64 x 64. The exit status is 1 where a bound is missed. Ten minutes on two CPU cores.
 """
 
 import os
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SIZES = ("512x512", "800x1344")
@@ -247,6 +248,28 @@ def warm(folder, size):
         tell(signature=signature, second=seconds[1], hundredth=statistics.median(seconds[90:]))
 
 
+def throughput(folder, size):
+    """In a process of its own: milliseconds an image in batches, and with as many requests at once as there are cores.
+
+    BENCHMARK_THREADS are the threads that one operation may use.
+    """
+    import numpy as np
+
+    run = saved_model(f"{folder}/{size}-float32/1", "serving_default", {})
+    pixels = image(*map(int, size.split("x")))
+    clients = os.cpu_count()
+    with ThreadPoolExecutor(clients) as pool:
+        for batch, at_once in ((1, 1), (2, 1), (4, 1), (8, 1), (1, clients)):
+            images = np.repeat(pixels, batch, 0)
+            seconds = []
+            for turn in range(6):
+                start = time.perf_counter()
+                list(pool.map(lambda _, images=images: run(images), range(at_once)))
+                if turn:  # the first sets up
+                    seconds.append((time.perf_counter() - start) / (batch * at_once))
+            tell(batch=batch, at_once=at_once, ms=1000 * statistics.median(seconds))
+
+
 def tell(**message):
     print(json.dumps(message), flush=True)
 
@@ -331,7 +354,9 @@ def judge(what, ratio, bound):
 def main():
     if sys.argv[1:2] == ["--child"]:
         kind, *rest = sys.argv[2:]
-        return {"exports": write_exports, "warm": warm}.get(kind, lambda *rest: subject(kind, *rest))(*rest)
+        return {"exports": write_exports, "warm": warm, "throughput": throughput}.get(
+            kind, lambda *rest: subject(kind, *rest)
+        )(*rest)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--torch", default=".venv-backends/bin/python", help="a Python with torch and torchvision")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every subject (default: all cores)")
@@ -373,6 +398,13 @@ def main():
                 missed += judge(f"{size}: ours / torchvision, bfloat16", ratio(half, seconds[TORCH16]), TORCH_HALF)
             if size == SIZES[-1]:
                 missed += judge(f"{size}: after the heads / all", ratio(seconds[AFTER], ours), AFTER_PART)
+        print("batches and requests at once, float32:")
+        for threads in dict.fromkeys((1, args.threads)):
+            os.environ["BENCHMARK_THREADS"] = str(threads)
+            for message in alone("throughput", folder, args.size[0]):
+                print(f"  {args.size[0]}, threads {threads}, batch {message['batch']}, {message['at_once']} at once: "
+                      f"{message['ms']:.0f} ms an image", flush=True)  # fmt: skip
+        os.environ["BENCHMARK_THREADS"] = str(args.threads)
         for message in alone("warm", folder, "64x64"):
             second = message["second"] / message["hundredth"]
             missed += judge(f"{message['signature']}: second request / hundredth, warmed", second, SECOND)
