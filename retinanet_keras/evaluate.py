@@ -7,6 +7,7 @@ from retinanet_keras import trained
 from retinanet_keras.config import StrategyConfig, load_config
 from retinanet_keras.data import coco, inspection, sources
 from retinanet_keras.data.coco import Categories
+from retinanet_keras.errors import UserError
 from retinanet_keras.results import evaluation
 from retinanet_keras.results.records import Records
 from retinanet_keras.serving import detector
@@ -44,6 +45,8 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
     settings = load_config(folder.config_file if folder.config_file.exists() else config, overrides)
     if of_run:
         _check_model(settings, load_config_of(folder))
+    else:
+        _check_overrides(overrides, weights, export, results)
     split = split or settings.data.test_split or settings.data.val_split
     # Only the run's own weights write to the run's own results.
     given = export or weights or results
@@ -107,6 +110,16 @@ def _check_model(settings, own):
         raise RunError(
             f"The run's weights do not fit another model: {'; '.join(differences)}. Leave these settings out"
         )
+
+
+def _check_overrides(overrides, weights, export, results):
+    """A UserError where a setting is given that what is to be scored already has in it."""
+    given = export or results or weights
+    fixed = () if str(given).endswith(".weights.h5") else ("model.", "anchors.", "detection.")
+    fixed += ("data.short_side", "data.max_side") if export or results else ()
+    for override in overrides:
+        if override.startswith(fixed):
+            raise UserError(f"--set {override}: {given} was made with settings of its own, and takes none of these")
 
 
 def _detector(strategy, folder, settings, split, weights, export):

@@ -99,6 +99,16 @@ def test_evaluate_weights_from_files(finished, run_copy):
         assert evaluate("configs/unused.json", workdir=run_copy, weights=run_copy / name) == finished[1]
 
 
+@pytest.mark.parametrize(
+    "setting, given",
+    [("detection.nms_iou=0.6", {"weights": "m.keras"}), ("data.short_side=96", {"export": "served"}),
+     ("anchors.size=2", {"export": "served"}), ("model.prior=0.1", {"results": "found.json"})],
+)  # fmt: skip
+def test_settings_that_cannot_act_are_refused(run_copy, setting, given):
+    with pytest.raises(UserError, match=f"{setting}.*takes none of these"):
+        evaluate("c.json", workdir=run_copy, overrides=[setting], **given)
+
+
 def test_evaluate_refuses_what_does_not_fit(run_copy):
     with pytest.raises(DataError, match="there is no file"):
         evaluate("c.json", workdir=run_copy, weights=run_copy / "none.keras")

@@ -1,8 +1,8 @@
 """§5: the rows of the paper's tables as changes of settings, at the paper's scale and at one for two CPU cores.
 
 The small scale keeps what the tables contrast and shrinks the rest: a small ResNet from random weights, for a few
-minutes, on generated images where one or two small objects lie among some twenty shapes of no class: about one positive
-anchor to a thousand others, as in §3. Its numbers here are this project's choices.
+minutes, on generated images where one or two small objects lie among some twenty shapes of no class: one positive
+anchor to some 600 others. Its numbers here are this project's choices.
 """
 
 from dataclasses import dataclass, field
