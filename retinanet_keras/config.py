@@ -290,7 +290,10 @@ class ServingConfig:
     """The SavedModel."""
 
     max_pixels: int = setting(
-        64_000_000, OURS, "encoded images with more are refused before they are decoded; 3 bytes each", at_least=1
+        64_000_000,
+        OURS,
+        "encoded images with more are refused before they are decoded; 3 bytes each, 9 in progressive JPEGs",
+        at_least=1,
     )
     license: str = setting("", OURS, "of the weights, for the model card; empty: not stated")
 

@@ -33,10 +33,16 @@ def originals():
         for seed, size in enumerate([(40, 30), (7, 5), (64, 64)]):
             pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), "uint8")
             image = Image.fromarray(pixels).resize(size)
-            for mode in {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "P", "I;16")}.get(kind, ("RGB",)):
+            for mode in {
+                "JPEG": ("RGB", "L", "CMYK"),
+                "PNG": ("RGB", "RGBA", "P", "I;16"),
+                "WEBP": ("RGB", "RGBA"),
+            }.get(kind, ("RGB",)):
                 buffer = io.BytesIO()
                 options = {"JPEG": {"progressive": seed == 1}, "WEBP": {"lossless": seed == 1}}.get(kind, {})
                 shown = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+                if mode == "RGBA":
+                    shown.putalpha(image.convert("L"))
                 shown.save(buffer, kind, **options)
                 files[kind].append(buffer.getvalue())
     return files
@@ -81,7 +87,7 @@ def resized(data, random, kind):
     else:
         place, form = WIDTHS[kind]
     step = struct.calcsize(form)
-    sides = [0, 1, 65535, 65500, 16383, 32767] + ([2**31 - 1, 100_000, 2**24] if step == 4 else [])
+    sides = [0, 1, 65535, 65500, 8000, 16383, 32767] + ([2**31 - 1, 100_000, 2**24] if step == 4 else [])
     if form == "<i":
         sides += [-1, -(2**31), -40]
     data = bytearray(data)

@@ -27,7 +27,7 @@ def test_damaged_images_are_detections_or_an_invalid_argument(tiny_export, tmp_p
     assert outcomes["undamaged: detections"] == undamaged
     assert outcomes["detections"] + outcomes["refused"] == count
     assert min(outcomes["detections"], outcomes["refused"]) > count / 10  # else it would be a test of one of them
-    assert report["hungriest"][0] < 400, report["hungriest"]  # MB of one input; the largest that is let in has 192
+    assert report["hungriest"][0] < 650, report["hungriest"]  # MB; a progressive JPEG of `serving.max_pixels` takes 576
 
 
 def test_damage_is_the_same_each_time_and_of_every_kind():

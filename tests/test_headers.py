@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from retinanet_keras.data import sources
 from retinanet_keras.serving import headers
 
 WIDTH, HEIGHT = 301, 87
@@ -85,6 +86,15 @@ def test_a_giant_is_refused_by_its_header_alone():
     assert check(encoded("PNG")).numpy() == encoded("PNG")
 
 
+def test_a_gif_of_very_many_blocks_is_refused_soon():
+    data = animation(1)
+    start = data.index(b"\x2c\0\0\0\0") + 11  # after the frame's header and the size of its codes
+    endless = data[:start] + b"\x01\x55" * 500_000 + b"\0\x3b"
+    check = tf.function(headers.checked, autograph=False)  # op by op it would take minutes
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at most"):
+        check(endless, 10**6)
+
+
 @pytest.mark.parametrize("data", [b"", b"nothing", b"\xff\x0a" + bytes(99), b"\0\0\0\x0cJXL \r\n\x87\n", b"II*\0"])
 def test_other_formats_are_refused_before_they_are_decoded(data):
     """JPEG XL among them, which some TensorFlows decode."""
@@ -97,3 +107,22 @@ def test_the_limit_itself_passes():
     assert headers.checked(data, WIDTH * HEIGHT).numpy() == data
     with pytest.raises(tf.errors.InvalidArgumentError):
         headers.checked(data, WIDTH * HEIGHT - 1)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_transparency_of_a_webp_is_dropped(channels, lossless):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, channels), "uint8")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=lossless, exact=True)
+    found = sources.decode(headers.checked(buffer.getvalue(), 600)).numpy()
+    expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGBA"))[..., :3]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_animated_webp_is_refused():
+    images = [Image.fromarray(np.full((20, 30, 3), i, "uint8")) for i in (0, 99)]
+    buffer = io.BytesIO()
+    images[0].save(buffer, "WEBP", save_all=True, append_images=images[1:])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="this one is animated"):
+        sources.decode(buffer.getvalue())

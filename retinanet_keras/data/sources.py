@@ -69,10 +69,38 @@ def _part(file, span=(0, -1)):
 
 
 def decode(image_bytes):
-    """Encoded JPEG, PNG, BMP, GIF or WebP bytes -> RGB uint8 [H, W, 3]. EXIF is ignored everywhere."""
-    image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+    """Encoded JPEG, PNG, BMP, GIF or WebP bytes -> RGB uint8 [H, W, 3]. EXIF and transparency are ignored everywhere.
+
+    Raises, when run:
+        InvalidArgumentError: they are none of these, or an animated WebP.
+    """
+    start = tf.ensure_shape(tf.io.decode_raw(image_bytes, tf.uint8, fixed_length=25), [25])  # zeros where it is shorter
+    image = tf.cond(
+        _is(start[:4], b"RIFF") & _is(start[8:12], b"WEBP"),
+        lambda: _decode_webp(image_bytes, start),
+        lambda: tf.io.decode_image(image_bytes, channels=3, expand_animations=False),
+    )
     image.set_shape([None, None, 3])
     return image
+
+
+def _decode_webp(image_bytes, start):
+    """TensorFlow decodes a still WebP with exactly the channels that it has: four where it is transparent."""
+    extended, lossless = _is(start[12:16], b"VP8X"), _is(start[12:16], b"VP8L")
+    flags = tf.where(extended, start[20], tf.where(lossless, start[24], 0))
+    still = tf.debugging.Assert(
+        ~extended | (tf.bitwise.bitwise_and(flags, 2) == 0), ["expected a still WebP, this one is animated"]
+    )
+    with tf.control_dependencies([still]):
+        return tf.cond(
+            tf.bitwise.bitwise_and(flags, 16) > 0,
+            lambda: tf.io.decode_image(image_bytes, channels=4, expand_animations=False)[..., :3],
+            lambda: tf.io.decode_image(image_bytes, channels=3, expand_animations=False),
+        )
+
+
+def _is(values, text):
+    return tf.reduce_all(values == list(text))
 
 
 def decode_reduced(image_bytes, halvings):

@@ -53,9 +53,9 @@ def describe(model, config, precision=None, metrics=None, run=True):
         "inputs": {
             "serving_default": {"images": "uint8 [B, H, W, 3], RGB, any B, H and W"},
             "serving_bytes": {
-                "image_bytes": "string [B], JPEG, PNG, GIF (its first frame), BMP or WebP, each of any size up to "
-                f"{config.serving.max_pixels:,} pixels; an EXIF rotation is ignored. What cannot be decoded or is "
-                "larger fails its whole batch with INVALID_ARGUMENT"
+                "image_bytes": "string [B], JPEG, PNG, GIF (its first frame), BMP or still WebP, each of any size up "
+                f"to {config.serving.max_pixels:,} pixels; EXIF rotation and transparency are ignored. What cannot be "
+                "decoded or is larger fails its whole batch with INVALID_ARGUMENT"
             },
             "resize": f"inside: shorter side {config.data.short_side} pixels, longer at most {config.data.max_side}",
         },

@@ -4,6 +4,7 @@ refused before anything is decoded."""
 import tensorflow as tf
 
 START = 32  # bytes in which PNG, GIF, BMP and WebP say their size
+MOST_BLOCKS = 20_000  # of a GIF: some 5 MB, looked through in a second or two
 
 
 def checked(encoded, max_pixels):
@@ -62,7 +63,8 @@ def _gif(encoded):
     """The pixels of all frames: TensorFlow's decoder holds them all, whatever the screen's size, to return the first.
 
     A walk over the blocks: header and colours, then extensions (0x21) and frames (0x2C), each followed by sub-blocks
-    that begin with their length, up to one of length 0.
+    that begin with their length, up to one of length 0. One that does not end within MOST_BLOCKS has as many pixels as
+    an int64 can tell.
     """
     data = tf.io.decode_raw(encoded, tf.uint8)
     end = tf.size(data)
@@ -88,7 +90,10 @@ def _gif(encoded):
 
     first = 13 + tf.cast(colors(at(10)), tf.int32)
     start = (first, tf.constant(False), tf.constant(0, tf.int64))
-    return tf.while_loop(lambda place, *_: place < end, step, start, parallel_iterations=1)[2]
+    place, _, total = tf.while_loop(
+        lambda place, *_: place < end, step, start, parallel_iterations=1, maximum_iterations=MOST_BLOCKS
+    )
+    return tf.where(place < end, tf.int64.max, total)
 
 
 def _little(data):
