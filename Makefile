@@ -39,7 +39,7 @@ lint: .venv/installed
 lock: .venv/installed
 	@echo "== Pinning the newest versions that requirements.txt allows"
 	$(BIN)/python -m pip install --quiet "uv>=0.5"
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra onnx --upgrade --no-emit-index-url \
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 
 clean:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from retinanet_keras import __main__ as command_line
 from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
-from retinanet_keras.config import load_config
+from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.data import pipeline, sources
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
@@ -383,3 +383,8 @@ def test_figure7_plots_what_is_done_and_lists_what_is_missing(tmp_path, monkeypa
         star.states(runs)
     with pytest.raises(UserError, match="loss.gama"):
         run_command(monkeypatch, *words, "--set", "loss.gama=1")
+
+
+def test_figure3_is_of_the_whole_pyramid(tmp_path):
+    with pytest.raises(UserError, match='anchors.levels is "last"'):
+        architecture.figure3(tmp_path, config_from_dict({"anchors": {"levels": "last"}}))

@@ -10,6 +10,7 @@ import pytest
 
 from retinanet_keras import __main__ as command_line
 from retinanet_keras.config import Config, load_config
+from retinanet_keras.experiments import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
@@ -82,8 +83,9 @@ def test_nothing_else_is_marked():
 @pytest.mark.parametrize("command", sorted({mark for mark in MARKED if mark.startswith("python -m")}))
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", command.split()[2:])
-    monkeypatch.setattr(command_line, "figure", lambda args: int(args.number))
-    assert command_line.main() == int(command.split()[4])
+    monkeypatch.setattr(command_line, "figure", lambda args: str(args.number))
+    monkeypatch.setattr(command_line, "experiments", lambda args: args.name)
+    assert command_line.main() == command.split()[4]
 
 
 def test_all_sections_are_there():
@@ -91,3 +93,5 @@ def test_all_sections_are_there():
         assert heading in PAGE
     for number in range(1, 8):
         assert f"figure {number}" in PAGE
+    for table in tables.NAMES:
+        assert f"`python -m retinanet_keras experiments {table}`" in PAGE

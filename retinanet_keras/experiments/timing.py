@@ -66,13 +66,13 @@ def _papers():
 
 
 def _compiled(model, height, width):
-    """A function that detects in one image of this size and waits for the result."""
+    """A function that detects in one image of this size, as an export does, and waits for the result."""
     import numpy as np
     import tensorflow as tf
 
+    from retinanet_keras.serving import inference
+
     pixels = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
     image, sizes = tf.constant(pixels), tf.constant([[height, width]], tf.float32)
-    graph = tf.function(model.detect_in_graph, input_signature=[
-        tf.TensorSpec((1, height, width, 3), tf.uint8), tf.TensorSpec((1, 2), tf.float32)
-    ])  # fmt: skip
-    return lambda: graph(image, sizes)["scores"].numpy()
+    detect = inference.compiled(model)
+    return lambda: detect(image, sizes)["scores"].numpy()

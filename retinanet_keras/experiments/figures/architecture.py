@@ -5,6 +5,7 @@ import math
 import keras
 from matplotlib.patches import FancyBboxPatch
 
+from retinanet_keras.errors import UserError
 from retinanet_keras.experiments.figures import sheet
 from retinanet_keras.model import RetinaNet
 
@@ -81,7 +82,12 @@ def figure3(to, config, classes=80, size=SIZE):
 
     Returns:
         the picture's path.
+
+    Raises:
+        UserError: where the subnets do not see the whole pyramid: the picture is of the paper's network.
     """
+    if config.anchors.levels != "pyramid":
+        raise UserError(f'figure 3 draws the levels P3 to P7: anchors.levels is "{config.anchors.levels}"')
     settings = config.model
     model = RetinaNet(
         classes, settings.backbone, anchors=config.anchors, fpn_channels=settings.fpn_channels, norm=settings.norm,

@@ -6,10 +6,12 @@ import numpy as np
 import tensorflow as tf
 
 from retinanet_keras import losses
+from retinanet_keras.experiments import paper
 from retinanet_keras.experiments.figures import sheet
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # Figure 1
-STAR = ((2.0, 1.0), (4.0, 0.0))  # (gamma, beta) of Figure 5: Table 3's
+# (gamma, beta) of Figure 5: Table 3's
+STAR = tuple((row["gamma"], row["beta"]) for row in paper.rows("3").values() if row["beta"] is not None)
 REACH = 5.0  # of x_t in Figures 5 and 6
 
 

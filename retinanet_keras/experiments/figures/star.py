@@ -117,6 +117,7 @@ def _draw(known):
         if state in present:
             axes[1].plot([], [], color=color, linestyle=dash, linewidth=width, label=state)
     name = "FL has not run" if ap is None else f"FL: AP {100 * ap:.1f}; effective from {100 * EFFECTIVE * ap:.1f}"
+    name += ". The grid of γ and β is this project's, not the paper's"
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, title=name)
     return figure
 
