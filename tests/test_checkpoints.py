@@ -149,7 +149,8 @@ def test_the_model_can_be_saved_and_trained(released, tmp_path):
 
 
 @pytest.mark.parametrize("depth, name, statistics", [
-    ("R50", "resnet50", False), ("R50", "resnet50", True), ("X101-32x8d", "resnext101_32x8d", True)
+    ("R50", "resnet50", False), ("R50", "resnet50", True),
+    pytest.param("X101-32x8d", "resnext101_32x8d", True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_imagenet_backbones(depth, name, statistics, tmp_path):
     weights = foreign.detectron_imagenet(

@@ -78,7 +78,7 @@ def test_what_other_weights_or_sizes_have_found_is_not_gone_on_from(run_copy, mo
     assert "Going on" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("replicas", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_replicas_share_an_evaluation_and_find_the_same(run_copy, whole, replicas):
     """In a process of its own; seven batches of unequal canvases do not divide evenly."""
     command = [

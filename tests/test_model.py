@@ -341,7 +341,9 @@ def test_every_loss_of_the_family_is_summed_without_one_hot_targets(small_model,
     np.testing.assert_allclose(tape.gradient(ours, logits), tape.gradient(textbook, logits), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("ratio, jit_compile", [(None, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    "ratio, jit_compile", [(None, False), (3, False), pytest.param(3, True, marks=pytest.mark.slow)]
+)
 def test_mining_trains_on_the_hardest_anchors_alone(small_model, ratio, jit_compile):
     """The classification loss is that of the anchors that NumPy's NMS over their losses leaves; the box loss stays."""
     settings = MiningConfig(batch_size=20, nms_iou=0.5, ratio=ratio)
@@ -442,7 +444,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", list(RUNS))
+@pytest.mark.parametrize("run", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_path, run):
     categories = [{"label": i, "id": i + 3, "name": f"c{i}"} for i in range(3)]
     model = lively(

@@ -37,7 +37,7 @@ def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model,
     assert float(logs["gradient_norm"]) == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fit_moves_the_statistics_of_batch_normalisation(small_model, jit_compile):
     """Three steps at rate 0: a statistic that one forward pass moves by d from 0 is at (1 - momentum^3) d' then."""
     model = small_model(norm="batch", freeze_at=0)
@@ -79,7 +79,9 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
         assert not all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
 
 
-@pytest.mark.parametrize("norm", [pytest.param("group", marks=pytest.mark.slow), "batch", "frozen"])
+@pytest.mark.parametrize(
+    "norm", [pytest.param("group", marks=pytest.mark.slow), "batch", pytest.param("frozen", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
     images, truth = batch()

@@ -192,6 +192,7 @@ def test_an_evaluation_that_was_missed_is_made_up(tiny_config, data_dir, finishe
     assert [row["step"] for row in folder.log_rows() if "AP" in row] == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_pixel_mean_of_its_weights(tiny_config, data_dir, tmp_path):
     """And trains with another loss on mined anchors."""
     pretrained.save(backbones.resnet("resnet18", width=8, norm="batch"), tmp_path / "b.weights.h5", (100, 110, 120))
