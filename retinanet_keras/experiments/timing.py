@@ -35,16 +35,18 @@ def measure(to, *, only=(), rounds=5, shrink=1, smaller=None):
     import tensorflow as tf
 
     from retinanet_keras.model import RetinaNet
+    from retinanet_keras.serving import inference
 
-    models, calls = {}, {}
+    detectors, calls = {}, {}
     for row in tables.rows("1e", "paper", only):
         config = config_from_dict(tables.tree("1e", row, "paper"))
         name = config.model.backbone
-        if name not in models:
+        if name not in detectors:
             detection = dataclasses.replace(config.detection, score_threshold=0.0)
-            models[name] = RetinaNet(80, name, norm="frozen", detection=detection, **smaller or {})
+            model = RetinaNet(80, name, norm="frozen", detection=detection, **smaller or {})
+            detectors[name] = inference.compiled(model)  # as an export computes
         short = config.data.short_side // shrink
-        calls[row.name] = _compiled(models[name], short, round(short * ASPECT))
+        calls[row.name] = _call(detectors[name], short, round(short * ASPECT))
     found = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -65,14 +67,11 @@ def _papers():
     return paper.about("1e")["data"].split("; ")[1]
 
 
-def _compiled(model, height, width):
-    """A function that detects in one image of this size, as an export does, and waits for the result."""
+def _call(detect, height, width):
+    """A function that detects in one image of this size and waits for the result."""
     import numpy as np
     import tensorflow as tf
 
-    from retinanet_keras.serving import inference
-
     pixels = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
     image, sizes = tf.constant(pixels), tf.constant([[height, width]], tf.float32)
-    detect = inference.compiled(model)
     return lambda: detect(image, sizes)["scores"].numpy()
