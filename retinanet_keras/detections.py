@@ -103,12 +103,13 @@ def _top_pairs(logits, k):
     num_classes = logits.shape[-1]
     rows = _smaller(k, ops.shape(logits)[1])
     _, anchor = ops.top_k(ops.max(logits, axis=-1), rows)  # [B, rows]
-    best_rows = _rows(logits, ops.cast(anchor, "int32"))  # [B, rows, K]
+    anchor = ops.cast(anchor, "int32")
+    best_rows = _rows(logits, anchor)  # [B, rows, K]
     flat = ops.reshape(best_rows, (ops.shape(logits)[0], -1))
     values, index = ops.top_k(flat, _smaller(k, rows * num_classes))
     index = ops.cast(index, "int32")
     row, label = index // num_classes, index % num_classes
-    return values, ops.take_along_axis(ops.cast(anchor, "int32"), row, axis=1), label
+    return values, ops.take_along_axis(anchor, row, axis=1), label
 
 
 def _rows(values, index):

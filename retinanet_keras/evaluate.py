@@ -45,11 +45,11 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
     settings = load_config(folder.config_file if folder.config_file.exists() else config, overrides)
     if of_run:
         _check_model(settings, load_config_of(folder))
-    else:
-        _check_overrides(overrides, weights, export, results)
+    given = export or weights or results
+    if given:
+        _check_overrides(overrides, str(given), inside=not weights)
     split = split or settings.data.test_split or settings.data.val_split
     # Only the run's own weights write to the run's own results.
-    given = export or weights or results
     out = folder.evaluation(f"{split}-{Path(given).name}" if given else split)
     if results:
         return _of_results(Path(results), settings, split, out)
@@ -112,11 +112,10 @@ def _check_model(settings, own):
         )
 
 
-def _check_overrides(overrides, weights, export, results):
-    """A UserError where a setting is given that what is to be scored already has in it."""
-    given = export or results or weights
-    fixed = () if str(given).endswith(".weights.h5") else ("model.", "anchors.", "detection.")
-    fixed += ("data.short_side", "data.max_side") if export or results else ()
+def _check_overrides(overrides, given, inside):
+    """A UserError where a setting is given that what is to be scored has in it; `inside`: the images' size, too."""
+    fixed = () if given.endswith(".weights.h5") else ("model.", "anchors.", "detection.")
+    fixed += ("data.short_side", "data.max_side") if inside else ()
     for override in overrides:
         if override.startswith(fixed):
             raise UserError(f"--set {override}: {given} was made with settings of its own, and takes none of these")
