@@ -17,6 +17,7 @@ from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.data import pipeline, sources
 from retinanet_keras.errors import UserError
+from retinanet_keras.experiments import timing
 from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
 from retinanet_keras.results.draw import PALETTE
 from retinanet_keras.training.checkpoints import Checkpoints
@@ -155,11 +156,78 @@ def test_runs_are_found_one_or_many(run, tmp_path):
     for name, metrics in (("a", '{"AP": 0.5}'), ("b", '{"AP": null}'), ("c", '{"AP": 0.125}')):
         (tmp_path / name / "eval/test").mkdir(parents=True)
         (tmp_path / name / "eval/test/metrics.json").write_text(metrics)
-    points = speed.of_runs(tmp_path, lambda folder, split: len(folder.name) + len(split))
-    assert [(p["method"], p["AP"], p["milliseconds"]) for p in points] == [("a", 50, 5), ("c", 12.5, 5)]
-    assert [p["AP"] for p in speed.of_runs(run, lambda *_: 1.0)] == [25]
-    with pytest.raises(UserError, match="holds no evaluated run"):
-        speed.of_runs(tmp_path / "nowhere")
+    points = speed.of_runs(tmp_path, lambda runs: {folder: len(folder.name) for folder in runs})
+    assert [(p["method"], p["AP"], p["milliseconds"]) for p in points] == [("a", 50, 1), ("c", 12.5, 1)]
+    assert [p["AP"] for p in speed.of_runs(run, lambda runs: dict.fromkeys(runs, 1.0))] == [25]
+
+
+def test_figure2_of_no_runs_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "1e").mkdir()
+    (tmp_path / "1e/time.json").write_text('{"about": "", "rows": {"r50_400": 1.0}}')  # times alone have no AP
+    for folder in (tmp_path, tmp_path / "1e", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no evaluated run and no finished row.*give --runs.*experiments 1e --to"):
+            run_command(monkeypatch, "figure", 2, "--runs", folder, "--to", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.fixture
+def experiments(run, tmp_path):
+    """A folder as `experiments 1e` leaves it: two rows with an AP, one that diverged, one that is unfinished."""
+    place = tmp_path / "experiments/1e"
+    for row, seed, result in (
+        ("r50_400", 0, {"AP": 0.25}), ("r50_400", 1, {"AP": 0.5}), ("r50_400", 2, {"diverged": 3}),
+        ("r50_500", 1, {"AP": 0.75}), ("r50_600", 0, {"diverged": 7}), ("r50_700", 0, None),
+    ):  # fmt: skip
+        folder = place / row / str(seed)
+        shutil.copytree(run, folder)
+        (folder / "log.csv").write_text("step,loss\n2,1.5\n")
+        if result:
+            (folder / "result.json").write_text(json.dumps(result))
+    return place
+
+
+def test_figure2_reads_what_experiments_write(experiments, tmp_path, monkeypatch):
+    """By hand: the mean of 25 and 50; time from time.json where it has the row, else measured."""
+    (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_400": 123.5, "r101_800": 9}}')
+    for folder in (experiments.parent, experiments):
+        run_command(monkeypatch, "figure", 2, "--runs", folder, "--to", tmp_path)
+        columns = table(tmp_path, 2)
+        own = [i for i, whose in enumerate(columns["whose"]) if whose == "measured here"]
+        assert [columns["method"][i] for i in own] == ["r50_400", "r50_500"]
+        assert [columns["AP"][i] for i in own] == ["37.5", "75"]
+        timed, untimed = own
+        assert columns["milliseconds"][timed] == "123.5" and float(columns["milliseconds"][untimed]) != 123.5
+        of_times = f"time: {experiments}/time.json"
+        assert columns["source"][timed] == f"{experiments}/r50_400, val, mean of seeds 0 1; {of_times}"
+        assert columns["source"][untimed] == f"{experiments}/r50_500, val, mean of seeds 1"
+
+
+def test_only_what_has_no_time_is_timed(experiments):
+    asked = []
+    (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_500": 2.0}}')
+    points = speed.of_runs(experiments, lambda runs: asked.extend(runs) or dict.fromkeys(runs, 1.0))
+    assert asked == [experiments / "r50_400/0"] and [point["milliseconds"] for point in points] == [1.0, 2.0]
+
+
+def test_models_are_timed_as_table_1e_is(run, tiny_config, data_dir, monkeypatch):
+    """One image of 4:3 within 64 pixels, without a score threshold, which the run's own configuration has."""
+    config = tiny_config(data_dir, detection={"score_threshold": 0.05, "p7_threshold": 0.5})
+    monkeypatch.setattr(speed, "load_config_of", lambda folder: config)
+    seen = []
+
+    def compiled(model):
+        def detect(images, sizes):
+            seen.append((model.detection.score_threshold, model.detection.p7_threshold, images.shape, sizes.numpy()))
+            return {"scores": sizes}
+
+        return detect
+
+    monkeypatch.setattr(speed.inference, "compiled", compiled)
+    times = speed.detection_times([run])
+    assert list(times) == [run] and times[run] > 0 and len(seen) == timing.ROUNDS + 1
+    for threshold, of_p7, shape, sizes in seen:
+        assert threshold == timing.SCORE_THRESHOLD == 0 and of_p7 is None
+        assert shape == (1, 48, 64, 3) and sizes.tolist() == [[48, 64]]
 
 
 # Figure 3
