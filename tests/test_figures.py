@@ -10,15 +10,19 @@ import keras
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 from PIL import Image
 
 from retinanet_keras import __main__ as command_line
+from retinanet_keras import objective, targets
 from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data.shapes import NAMES
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments import timing
 from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
+from retinanet_keras.losses import FocalLoss, SmoothL1Loss
 from retinanet_keras.results.draw import PALETTE
 from retinanet_keras.training.checkpoints import Checkpoints
 from retinanet_keras.training.folder import RunFolder, build_model
@@ -331,27 +335,42 @@ def test_shares_by_hand():
     assert terms.hardest(2.0, 2 / 3) == pytest.approx(1) and terms.sums[3].sum() == pytest.approx(400)
 
 
-def test_terms_are_those_of_the_targets(run, tiny_config, data_dir):
-    """Every prediction of a background anchor, and of a positive anchor that of its class; none of an ignored one."""
+def test_terms_by_hand():
+    """K = 3. Positive anchors of class 1 and 0, one of background, one ignored: 2 positives, 2 + 2 + 3 negatives."""
+    logits = tf.constant([[[1.0, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]])  # [B, A, K]
+    classes = tf.constant([[1, targets.BACKGROUND], [targets.IGNORE, 0]])
+    positive, negative = distribution.x_t_of(logits, classes)
+    assert positive.numpy().tolist() == [2, 10]
+    assert sorted(-negative.numpy()) == [1, 3, 4, 5, 6, 11, 12]
+
+
+def test_terms_are_those_of_the_loss(run, tiny_config, data_dir):
+    """As many as its targets, and with the sum that training divides by the normalizer, for each gamma."""
     config, model = tiny_config(data_dir), distribution.load_run(run)[1]
     dataset = sources.open_split(config.data, "train")
     positive, negative, seen = distribution.collect(model, dataset, config)
-    expected = {"positive": [], "negative": []}
+    counts, settings = {"positive": 0, "negative": 0}, [*((gamma, None) for gamma in distribution.GAMMAS), (2.0, 0.25)]
+    totals = np.zeros(len(settings))
     for i in range(len(dataset)):
         pixels, size, scale = pipeline.fit(sources.image_of(dataset, i)[None], 64, 64)
-        logits = model.outputs_in_graph(pixels, size[None])["logits"].numpy()[0]
-        anchors = np.asarray(anchor_boxes(*pixels.shape[1:3], config.anchors))
-        classes, _ = reference.assign(anchors, dataset.boxes_of(i) * scale, dataset.labels_of(i), "detectron")
-        chosen = np.flatnonzero(classes >= 0)
-        expected["positive"].append(logits[chosen, classes[chosen]])
-        expected["negative"].append(-logits[classes == -1].reshape(-1))
+        outputs = model.outputs_in_graph(pixels, size[None])
+        anchors = anchor_boxes(*pixels.shape[1:3], config.anchors)
+        gt_boxes, gt_labels = dataset.boxes_of(i) * scale, dataset.labels_of(i)
+        for row, (gamma, alpha) in enumerate(settings):
+            totals[row] += objective.loss_terms(
+                outputs, gt_boxes[None], gt_labels[None], anchors, target_config=config.targets,
+                classification_loss=FocalLoss(alpha, gamma), box_loss=SmoothL1Loss(), normalizer="minibatch",
+            )[0]  # fmt: skip
+        classes, _ = reference.assign(np.asarray(anchors), gt_boxes, gt_labels, "detectron")
+        of_image = int((classes >= 0).sum())
+        counts["positive"] += of_image
+        counts["negative"] += int((classes != targets.IGNORE).sum()) * len(NAMES) - of_image
     assert seen == len(dataset) == 10
-    for terms, x_t in ((positive, expected["positive"]), (negative, expected["negative"])):
-        x_t = np.concatenate(x_t)
-        assert len(x_t) > 20 and terms.counts.sum() == len(x_t)
-        for row, gamma in enumerate(distribution.GAMMAS):
-            loss = (1 - sigmoid(np.float64(x_t))) ** gamma * np.log1p(np.exp(-np.float64(x_t)))
-            assert terms.sums[row].sum() == pytest.approx(loss.sum(), rel=1e-5)
+    assert (positive.counts.sum(), negative.counts.sum()) == (counts["positive"], counts["negative"])
+    assert counts["positive"] > 20
+    of_positives, of_negatives = positive.sums.sum(1), negative.sums.sum(1)
+    np.testing.assert_allclose(of_positives + of_negatives, totals[:-1], rtol=1e-5)
+    assert 0.25 * of_positives[-1] + 0.75 * of_negatives[-1] == pytest.approx(totals[-1], rel=1e-5)
 
 
 def test_it_stops_at_the_papers_numbers_of_windows(run, tiny_config, data_dir, monkeypatch):
