@@ -96,7 +96,7 @@ def add_figures(verb):
 
     add(1, "focal loss against p_t")
     one = add(2, "time of an image against AP")
-    one.add_argument("--runs", help="folder of evaluated runs to measure, beside the paper's numbers")
+    one.add_argument("--runs", help="folder of evaluated runs, or of `experiments 1e`, to draw beside the paper's")
     one = add(3, "the network, drawn from the model")
     add_config(one, "configs/r50_600.json")
     one.add_argument("--classes", type=int, default=80, help="K (default 80)")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
 from retinanet_keras import __main__ as command
 from retinanet_keras.config import config_from_dict, load_config
@@ -419,6 +420,24 @@ def test_the_text_has_the_papers_words_and_the_other_methods_of_table_2_their_nu
     (line,) = re.findall(r"^yolov2 .*$", text, re.M)
     assert "another's: YOLOv2" in line and "not run" not in line and "21.6" in line
     assert "each row: 4 iterations of 16 images" in text  # which says what its numbers are worth
+
+
+def test_images_of_table_1e_are_of_4_to_3():
+    sizes = []
+
+    def detect(image, _):
+        sizes.append(image.shape[1:3])
+        return {"scores": tf.zeros(1)}
+
+    for _, config in configs("1e", "paper").values():
+        timing.call(detect, config.data.short_side, config.data.max_side)()
+    assert sizes == 2 * [(400, 533), (500, 667), (600, 800), (700, 933), (800, 1067)]
+
+
+def test_models_are_timed_in_turn():
+    called = []
+    times = timing.medians({name: lambda name=name: called.append(name) for name in "ab"}, rounds=2)
+    assert called == list("ababab") and all(ms >= 0 for ms in times.values())
 
 
 def test_times_of_table_1e(tmp_path):

@@ -10,14 +10,19 @@ import keras
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 from PIL import Image
 
 from retinanet_keras import __main__ as command_line
+from retinanet_keras import objective, targets
 from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data.shapes import NAMES
 from retinanet_keras.errors import UserError
+from retinanet_keras.experiments import timing
 from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
+from retinanet_keras.losses import FocalLoss, SmoothL1Loss
 from retinanet_keras.results.draw import PALETTE
 from retinanet_keras.training.checkpoints import Checkpoints
 from retinanet_keras.training.folder import RunFolder, build_model
@@ -155,11 +160,78 @@ def test_runs_are_found_one_or_many(run, tmp_path):
     for name, metrics in (("a", '{"AP": 0.5}'), ("b", '{"AP": null}'), ("c", '{"AP": 0.125}')):
         (tmp_path / name / "eval/test").mkdir(parents=True)
         (tmp_path / name / "eval/test/metrics.json").write_text(metrics)
-    points = speed.of_runs(tmp_path, lambda folder, split: len(folder.name) + len(split))
-    assert [(p["method"], p["AP"], p["milliseconds"]) for p in points] == [("a", 50, 5), ("c", 12.5, 5)]
-    assert [p["AP"] for p in speed.of_runs(run, lambda *_: 1.0)] == [25]
-    with pytest.raises(UserError, match="holds no evaluated run"):
-        speed.of_runs(tmp_path / "nowhere")
+    points = speed.of_runs(tmp_path, lambda runs: {folder: len(folder.name) for folder in runs})
+    assert [(p["method"], p["AP"], p["milliseconds"]) for p in points] == [("a", 50, 1), ("c", 12.5, 1)]
+    assert [p["AP"] for p in speed.of_runs(run, lambda runs: dict.fromkeys(runs, 1.0))] == [25]
+
+
+def test_figure2_of_no_runs_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "1e").mkdir()
+    (tmp_path / "1e/time.json").write_text('{"about": "", "rows": {"r50_400": 1.0}}')  # times alone have no AP
+    for folder in (tmp_path, tmp_path / "1e", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no evaluated run and no finished row.*give --runs.*experiments 1e --to"):
+            run_command(monkeypatch, "figure", 2, "--runs", folder, "--to", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.fixture
+def experiments(run, tmp_path):
+    """A folder as `experiments 1e` leaves it: two rows with an AP, one that diverged, one that is unfinished."""
+    place = tmp_path / "experiments/1e"
+    for row, seed, result in (
+        ("r50_400", 0, {"AP": 0.25}), ("r50_400", 1, {"AP": 0.5}), ("r50_400", 2, {"diverged": 3}),
+        ("r50_500", 1, {"AP": 0.75}), ("r50_600", 0, {"diverged": 7}), ("r50_700", 0, None),
+    ):  # fmt: skip
+        folder = place / row / str(seed)
+        shutil.copytree(run, folder)
+        (folder / "log.csv").write_text("step,loss\n2,1.5\n")
+        if result:
+            (folder / "result.json").write_text(json.dumps(result))
+    return place
+
+
+def test_figure2_reads_what_experiments_write(experiments, tmp_path, monkeypatch):
+    """By hand: the mean of 25 and 50; time from time.json where it has the row, else measured."""
+    (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_400": 123.5, "r101_800": 9}}')
+    for folder in (experiments.parent, experiments):
+        run_command(monkeypatch, "figure", 2, "--runs", folder, "--to", tmp_path)
+        columns = table(tmp_path, 2)
+        own = [i for i, whose in enumerate(columns["whose"]) if whose == "measured here"]
+        assert [columns["method"][i] for i in own] == ["r50_400", "r50_500"]
+        assert [columns["AP"][i] for i in own] == ["37.5", "75"]
+        timed, untimed = own
+        assert columns["milliseconds"][timed] == "123.5" and float(columns["milliseconds"][untimed]) != 123.5
+        of_times = f"time: {experiments}/time.json"
+        assert columns["source"][timed] == f"{experiments}/r50_400, val, mean of seeds 0 1; {of_times}"
+        assert columns["source"][untimed] == f"{experiments}/r50_500, val, mean of seeds 1"
+
+
+def test_only_what_has_no_time_is_timed(experiments):
+    asked = []
+    (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_500": 2.0}}')
+    points = speed.of_runs(experiments, lambda runs: asked.extend(runs) or dict.fromkeys(runs, 1.0))
+    assert asked == [experiments / "r50_400/0"] and [point["milliseconds"] for point in points] == [1.0, 2.0]
+
+
+def test_models_are_timed_as_table_1e_is(run, tiny_config, data_dir, monkeypatch):
+    """One image of 4:3 within 64 pixels, without a score threshold, which the run's own configuration has."""
+    config = tiny_config(data_dir, detection={"score_threshold": 0.05, "p7_threshold": 0.5})
+    monkeypatch.setattr(speed, "load_config_of", lambda folder: config)
+    seen = []
+
+    def compiled(model):
+        def detect(images, sizes):
+            seen.append((model.detection.score_threshold, model.detection.p7_threshold, images.shape, sizes.numpy()))
+            return {"scores": sizes}
+
+        return detect
+
+    monkeypatch.setattr(speed.inference, "compiled", compiled)
+    times = speed.detection_times([run])
+    assert list(times) == [run] and times[run] > 0 and len(seen) == timing.ROUNDS + 1
+    for threshold, of_p7, shape, sizes in seen:
+        assert threshold == timing.SCORE_THRESHOLD == 0 and of_p7 is None
+        assert shape == (1, 48, 64, 3) and sizes.tolist() == [[48, 64]]
 
 
 # Figure 3
@@ -263,27 +335,42 @@ def test_shares_by_hand():
     assert terms.hardest(2.0, 2 / 3) == pytest.approx(1) and terms.sums[3].sum() == pytest.approx(400)
 
 
-def test_terms_are_those_of_the_targets(run, tiny_config, data_dir):
-    """Every prediction of a background anchor, and of a positive anchor that of its class; none of an ignored one."""
+def test_terms_by_hand():
+    """K = 3. Positive anchors of class 1 and 0, one of background, one ignored: 2 positives, 2 + 2 + 3 negatives."""
+    logits = tf.constant([[[1.0, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]])  # [B, A, K]
+    classes = tf.constant([[1, targets.BACKGROUND], [targets.IGNORE, 0]])
+    positive, negative = distribution.x_t_of(logits, classes)
+    assert positive.numpy().tolist() == [2, 10]
+    assert sorted(-negative.numpy()) == [1, 3, 4, 5, 6, 11, 12]
+
+
+def test_terms_are_those_of_the_loss(run, tiny_config, data_dir):
+    """As many as its targets, and with the sum that training divides by the normalizer, for each gamma."""
     config, model = tiny_config(data_dir), distribution.load_run(run)[1]
     dataset = sources.open_split(config.data, "train")
     positive, negative, seen = distribution.collect(model, dataset, config)
-    expected = {"positive": [], "negative": []}
+    counts, settings = {"positive": 0, "negative": 0}, [*((gamma, None) for gamma in distribution.GAMMAS), (2.0, 0.25)]
+    totals = np.zeros(len(settings))
     for i in range(len(dataset)):
         pixels, size, scale = pipeline.fit(sources.image_of(dataset, i)[None], 64, 64)
-        logits = model.outputs_in_graph(pixels, size[None])["logits"].numpy()[0]
-        anchors = np.asarray(anchor_boxes(*pixels.shape[1:3], config.anchors))
-        classes, _ = reference.assign(anchors, dataset.boxes_of(i) * scale, dataset.labels_of(i), "detectron")
-        chosen = np.flatnonzero(classes >= 0)
-        expected["positive"].append(logits[chosen, classes[chosen]])
-        expected["negative"].append(-logits[classes == -1].reshape(-1))
+        outputs = model.outputs_in_graph(pixels, size[None])
+        anchors = anchor_boxes(*pixels.shape[1:3], config.anchors)
+        gt_boxes, gt_labels = dataset.boxes_of(i) * scale, dataset.labels_of(i)
+        for row, (gamma, alpha) in enumerate(settings):
+            totals[row] += objective.loss_terms(
+                outputs, gt_boxes[None], gt_labels[None], anchors, target_config=config.targets,
+                classification_loss=FocalLoss(alpha, gamma), box_loss=SmoothL1Loss(), normalizer="minibatch",
+            )[0]  # fmt: skip
+        classes, _ = reference.assign(np.asarray(anchors), gt_boxes, gt_labels, "detectron")
+        of_image = int((classes >= 0).sum())
+        counts["positive"] += of_image
+        counts["negative"] += int((classes != targets.IGNORE).sum()) * len(NAMES) - of_image
     assert seen == len(dataset) == 10
-    for terms, x_t in ((positive, expected["positive"]), (negative, expected["negative"])):
-        x_t = np.concatenate(x_t)
-        assert len(x_t) > 20 and terms.counts.sum() == len(x_t)
-        for row, gamma in enumerate(distribution.GAMMAS):
-            loss = (1 - sigmoid(np.float64(x_t))) ** gamma * np.log1p(np.exp(-np.float64(x_t)))
-            assert terms.sums[row].sum() == pytest.approx(loss.sum(), rel=1e-5)
+    assert (positive.counts.sum(), negative.counts.sum()) == (counts["positive"], counts["negative"])
+    assert counts["positive"] > 20
+    of_positives, of_negatives = positive.sums.sum(1), negative.sums.sum(1)
+    np.testing.assert_allclose(of_positives + of_negatives, totals[:-1], rtol=1e-5)
+    assert 0.25 * of_positives[-1] + 0.75 * of_negatives[-1] == pytest.approx(totals[-1], rel=1e-5)
 
 
 def test_it_stops_at_the_papers_numbers_of_windows(run, tiny_config, data_dir, monkeypatch):

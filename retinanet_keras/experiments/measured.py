@@ -26,6 +26,17 @@ def results(place):
     return found
 
 
+def mean_ap(seeds):
+    """The mean AP in percent of {seed: result}, None where no seed has one."""
+    return _mean([100 * one["AP"] for one in seeds.values() if one.get("AP") is not None])
+
+
+def read_times(place):
+    """What `timing.measure` wrote to a table's folder; None where it did not."""
+    file = place / "time.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def _losses(log):
     """[(step, loss)] of a run's log.csv."""
     with open(log, newline="") as file:
@@ -39,10 +50,9 @@ def lines(place, table, scale):
     row; time is in milliseconds, and `relative` to the first row.
     """
     found, printed_rows = results(place), paper.rows(table)
-    times = json.loads((place / "time.json").read_text()) if (place / "time.json").exists() else {"rows": {}}
+    milliseconds = (read_times(place) or {"rows": {}})["rows"]
     own = {row.name: row for row in tables.rows(table, scale) if row.group != "search" or row.name in found}
-    means = {name: _mean([100 * one["AP"] for one in found.get(name, {}).values() if one.get("AP") is not None])
-             for name in own}  # fmt: skip
+    means = {name: mean_ap(found.get(name, {})) for name in own}
     rows = []
     for name in own if table == "text" else printed_rows:
         theirs = printed_rows.get(name, {})
@@ -57,7 +67,7 @@ def lines(place, table, scale):
         if means[name] is not None and means.get(against) is not None:
             row["difference"] = means[name] - means[against]
         row |= _of_paper(theirs, printed_rows.get(against, {}))
-        row |= _times(name, times["rows"], printed_rows)
+        row |= _times(name, milliseconds, printed_rows)
         rows.append(row)
     return rows
 

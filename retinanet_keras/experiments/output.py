@@ -4,7 +4,6 @@ import base64
 import csv
 import html
 import io
-import json
 
 from matplotlib.figure import Figure
 
@@ -60,8 +59,8 @@ def _about(place, table, scale):
         f"each row: {'; '.join(measured.budgets(place)) or 'not run'}",
         "diff: AP less that of the row named `against`, from which `changes` tell the difference",
     ]
-    if (place / "time.json").exists():
-        lines.append(f"time: {json.loads((place / 'time.json').read_text())['about']}; x: relative to the first row")
+    if times := measured.read_times(place):
+        lines.append(f"time: {times['about']}; x: relative to the first row")
     return lines
 
 

@@ -2,8 +2,11 @@
 
 The paper samples the probabilities that a converged model predicts for some 10^7 negative and 10^5 positive windows of
 random images, takes FL of them for several gamma, makes each sum to 1, and plots its cumulative distribution, from the
-lowest loss to the highest. What a window is it leaves open; here a positive one is the prediction of a positive
-anchor's own class, and a negative one each of the K predictions of a background anchor: terms of the training's loss.
+lowest loss to the highest. What a window is it leaves open; here it is a term of the training's classification loss,
+of which each anchor has K, one for each class. A positive has target 1: one term of each positive anchor, of its own
+class. A negative has target 0: the K terms of each background anchor, and the K - 1 of the other classes of each
+positive one. Ignored anchors have none. The FL of all terms sums to what training divides by its normalizer. Mining
+plays no part, even where the run was trained with it.
 
 FL falls with x_t whatever gamma is, so that one order, by x_t, serves all of them: terms are counted and summed in fine
 bins of x_t. Memory does not grow with their number, none is left out, and sums at the bins' borders are exact.
@@ -141,9 +144,19 @@ def _terms(model, pixels, sizes, boxes, labels):
     classes, _ = targets.assign(
         anchor_boxes(height, width, model.anchors), boxes, labels, **vars(model.targets)
     )  # [B, A]
-    own = tf.gather(logits, tf.maximum(classes, 0), batch_dims=2)  # [B, A]
-    others = -tf.boolean_mask(logits, classes == targets.BACKGROUND)
-    return tf.boolean_mask(own, classes >= 0), tf.reshape(others, [-1])
+    return x_t_of(logits, classes)
+
+
+def x_t_of(logits, classes):
+    """x_t of the terms of the loss with target 1, [P], and of those with target 0, [N].
+
+    Args:
+        logits: [B, A, K].
+        classes: int32 [B, A], as `targets.assign` gives them.
+    """
+    own = tf.one_hot(classes, tf.shape(logits)[-1], True, False)  # [B, A, K]; BACKGROUND and IGNORE have no class
+    counted = (classes != targets.IGNORE)[..., None]  # [B, A, 1]
+    return tf.boolean_mask(logits, own), -tf.boolean_mask(logits, counted & ~own)
 
 
 def told(about, findings):

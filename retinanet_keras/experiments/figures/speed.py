@@ -1,24 +1,22 @@
 """Figure 2: milliseconds an image against AP, the paper's and, where there are runs, those measured here."""
 
 import json
-import time
 from pathlib import Path
 
-import numpy as np
-
-from retinanet_keras.data import pipeline, sources
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import paper
+from retinanet_keras.experiments import measured, paper, timing
 from retinanet_keras.experiments.figures import sheet
 from retinanet_keras.serving import inference
 from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunFolder
+from retinanet_keras.training.folder import RunFolder, load_config_of
 
 OTHERS = ("faster_rcnn_fpn", "yolov2", "ssd513", "dssd513")  # of Table 2
 COLUMNS = ("whose", "method", "scale", "AP", "milliseconds", "source")
 LABELS = {("RetinaNet-50", scale): (4, -12) for scale in ("600", "700", "800")}  # beside their points, in points
 LABELS["RetinaNet-101", "400"] = (6, -10)
-REPEATS = 10  # timed detections of one image, of which the median counts
+TABLE = "1e"  # whose rows are taken from a folder of tables
+METRICS = "eval/*/metrics.json"  # of a run
+FROM_RUN, FROM_TABLE = "of each run's model", "time.json, for the paper's models"
 
 
 def of_the_paper():
@@ -38,46 +36,75 @@ def of_the_paper():
 
 
 def of_runs(folder, measure=None):
-    """Points of the runs in a folder, or of the one run that it is, one for each of a run's evaluated splits.
+    """Points of a table's rows, with the mean AP of their seeds, or of plain runs, one for each evaluated split.
 
     Args:
-        measure: a function of a run's folder and a split that gives milliseconds; None: `detection_time`.
+        folder: a table's folder; a folder of tables, of which Table 1e is drawn; a folder of runs; or one run.
+        measure: a function from run folders to {run folder: milliseconds}, called for what has no time in the table's
+            time.json; None: `detection_times`.
 
     Raises:
-        UserError: where no run in it has been evaluated.
+        UserError: where the folder is none of these, or no AP is in it.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("eval/*/metrics.json")) or sorted(folder.glob("*/eval/*/metrics.json"))
-    if not files:
-        raise UserError(f"{folder} holds no evaluated run: there is no eval/SPLIT/metrics.json in it, nor below it")
+    points = _of_rows(folder / TABLE) or _of_rows(folder) or _of_plain_runs(folder)
+    if not points:
+        raise UserError(
+            f"{folder} holds no evaluated run and no finished row of a table: give --runs a folder of train.py's "
+            f"runs, or train rows first with `python -m retinanet_keras experiments {TABLE} --to {folder}`"
+        )
+    untimed = [point for point in points if point["milliseconds"] is None]
+    times = (measure or detection_times)(list(dict.fromkeys(point["run"] for point in untimed)))
+    for point in untimed:
+        point["milliseconds"] = times[point["run"]]
+    return points
+
+
+def _of_rows(place):
+    """Points of a table's folder, in the layout of `runner`."""
+    times = (measured.read_times(place) or {"rows": {}})["rows"]
     points = []
-    for file in files:
+    for row, seeds in measured.results(place).items():
+        done = sorted(seed for seed, result in seeds.items() if result.get("AP") is not None)
+        if not done:
+            continue
+        run = place / row / str(done[0])
+        data = load_config_of(RunFolder(run)).data
+        split = data.test_split or data.val_split
+        source = f"{place / row}, {split}, mean of seeds {' '.join(map(str, done))}"
+        points.append({
+            "method": row, "scale": "", "AP": measured.mean_ap(seeds), "run": run, "split": split,
+            "milliseconds": times.get(row), "timed": FROM_TABLE if row in times else FROM_RUN,
+            "source": f"{source}; time: {place}/time.json" if row in times else source,
+        })  # fmt: skip
+    return points
+
+
+def _of_plain_runs(folder):
+    points = []
+    for file in sorted(folder.glob(METRICS)) or sorted(folder.glob(f"*/{METRICS}")):
         run, split = file.parents[2], file.parent.name
         ap = json.loads(file.read_text(encoding="utf-8"))["AP"]
         if ap is not None:
             points.append({
-                "method": run.name, "scale": "", "AP": 100 * ap, "source": f"{run}, {split}",
-                "milliseconds": (measure or detection_time)(run, split),
+                "method": run.name, "scale": "", "AP": 100 * ap, "run": run, "split": split, "milliseconds": None,
+                "timed": FROM_RUN, "source": f"{run}, {split}",
             })  # fmt: skip
     return points
 
 
-def detection_time(run, split):
-    """Milliseconds from pixels on the canvas to detections, of one image: the median of `REPEATS` after a first one."""
-    config, model = load_run(RunFolder(run).path)
-    detect = inference.compiled(model)
-    dataset = sources.open_split(config.data, split)
-    image, size, _ = pipeline.fit(sources.image_of(dataset, 0)[None], config.data.short_side, config.data.max_side)
-    seconds = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        detect(image, size[None])["boxes"].numpy()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * float(np.median(seconds[1:]))
+def detection_times(runs):
+    """{run folder: milliseconds} of trained models, as Table 1e's are timed: see `timing`."""
+    calls = {}
+    for run in runs:
+        config = timing.without_threshold(load_config_of(RunFolder(run)))
+        detect = inference.compiled(load_run(run, config)[1])
+        calls[run] = timing.call(detect, config.data.short_side, config.data.max_side)
+    return timing.medians(calls)
 
 
 def figure2(to, runs=None):
-    """Figure 2. `runs`: a folder of evaluated runs, which get a panel of their own: another machine, other images."""
+    """Figure 2. `runs`: as `of_runs`; they get a panel of their own: another machine, other images."""
     printed, own = of_the_paper(), of_runs(runs) if runs else []
     figure, axes = sheet.panels(2 if own else 1, (11 if own else 6.4, 4.6))
     _draw_paper(axes[0], printed)
@@ -116,10 +143,11 @@ def _draw_paper(axis, rows):
 def _draw_own(axis, points):
     for number, point in enumerate(points):
         color = sheet.COLORS[number % 6]
-        name = f"{point['method']}, {Path(point['source']).name.split(', ')[-1]}"
+        name = f"{point['method']}, {point['split']}"
         axis.plot([point["milliseconds"]], [point["AP"]], marker="oDs^v"[number // 6 % 5], color=color,
                   linestyle="none", markersize=7, label=name)  # fmt: skip
     axis.margins(0.3)
-    axis.set(xlabel="milliseconds an image (this machine)", ylabel="AP (%)")
+    timed = " or ".join(sorted({point["timed"] for point in points}))
+    axis.set(xlabel=f"milliseconds an image ({timed})", ylabel="AP (%)")
     axis.set_title("Measured here: each run on its own images", loc="left", fontsize=10)
     sheet.legend(axis, loc="best")
