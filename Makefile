@@ -1,7 +1,6 @@
 # Each target does its own set-up in .venv; all that a machine needs is Python 3.11 to 3.13 and the package registries.
 PYTHON ?= python3
 BIN := .venv/bin
-export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: demo test test-slow test-backends lint lock clean
 

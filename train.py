@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from retinanet_keras import runtime
 from retinanet_keras.cli import import_tensorflow, run_command
 from retinanet_keras.config import load_config
 
@@ -16,7 +17,7 @@ def main():
     )
     args = parser.parse_args()
     config = load_config(args.config, args.set)
-    import_tensorflow()
+    import_tensorflow(runtime.work_of(config.model.backbone, config.model.width))
     from retinanet_keras.training.run import train
 
     train(config, args.workdir or Path("runs") / Path(args.config).stem)

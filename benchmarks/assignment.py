@@ -8,9 +8,9 @@ machine does falls on both, and medians are compared; memory is measured in a fr
 status is 1 where a ratio misses its bound. Takes two minutes on two CPU cores. Linux only: memory is read from /proc.
 """
 
-import os
+import retinanet_keras  # noqa: F401  (sets up the process, before TensorFlow is imported)
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: its start-up notes
+# isort: split
 
 import argparse
 import statistics

@@ -13,20 +13,19 @@ Batches, and requests that come at once, are timed with one thread an operation 
 called a hundred times at the first size. The exit status is 1 where a bound is missed. Ten minutes on two CPU cores.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: its start-up notes
-
 import argparse
-import json
 import math
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # a Python that has torch need not have this package
+
+from turns import Process, judge, tell
 
 SIZES = ("512x512", "800x1344")
 CLASSES = 80
@@ -34,6 +33,7 @@ WARM_UP = 3
 OURS, OURS16, HUB = "ours", "ours, bfloat16", "KerasHub"
 REWRITTEN = "ours, float32 rewritten"  # by TensorFlow, as the server's --mixed_precision=bfloat16 has it
 TORCH, TORCH16 = "torchvision", "torchvision, bfloat16"
+PEERS = (HUB, TORCH, TORCH16)  # as they are, without what `runtime` sets up
 PRODUCT, PRODUCT16, AFTER = "matrix product", "matrix product, bfloat16", "after the heads"
 # The most that ours may take, as parts of another's time.
 PEER, FLOOR, HALF, TORCH_HALF, AFTER_PART, SECOND = 1.0, 1.08, 1 / 1.6, 1.1, 0.01, 1.5
@@ -274,44 +274,9 @@ def throughput(folder, size):
             tell(batch=batch, at_once=at_once, ms=1000 * statistics.median(seconds))
 
 
-def tell(**message):
-    print(json.dumps(message), flush=True)
-
-
-class Process:
-    """This file run with other arguments; messages come from it line by line."""
-
-    def __init__(self, python, *arguments):
-        self.errors = tempfile.TemporaryFile("w+")
-        pipe = subprocess.PIPE
-        command = [python, __file__, "--child", *map(str, arguments)]
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
-
-    def hear(self):
-        """The next message, a dict; None where it has ended."""
-        for line in self.child.stdout:
-            if line.startswith("{"):  # else somebody's chatter
-                return json.loads(line)
-        return None
-
-    def go_on(self):
-        self.child.stdin.write("\n")
-        self.child.stdin.flush()
-        return self.hear()
-
-    def end(self):
-        """Its last errors."""
-        self.child.kill()
-        self.child.communicate()
-        self.errors.seek(0)
-        said = self.errors.read()[-1500:]
-        self.errors.close()
-        return said
-
-
 def alone(*arguments):
     """All messages of a process that ends by itself."""
-    process, messages = Process(sys.executable, *arguments), []
+    process, messages = Process(__file__, *arguments), []
     while (message := process.hear()) is not None:
         messages.append(message)
     said = process.end()
@@ -327,7 +292,9 @@ def compare(size, folder, rounds, torch):
     names = (OURS, OURS16, REWRITTEN, HUB, TORCH, TORCH16, PRODUCT, PRODUCT16, AFTER)
     try:
         for name in names:
-            process = Process(torch if name in (TORCH, TORCH16) else sys.executable, name, size, folder)
+            python = torch if name in (TORCH, TORCH16) else sys.executable
+            variables = {runtime.SWITCH: "off"} if name in PEERS else {}
+            process = Process(__file__, name, size, folder, python=python, **variables)
             started[name] = process.hear()
             if started[name] is None:
                 said = process.end()
@@ -348,16 +315,10 @@ def compare(size, folder, rounds, torch):
             process.end()
 
 
-def judge(what, ratio, bound):
-    """Print a ratio beside its bound; whether it is missed."""
-    missed = not ratio <= bound
-    print(f"{what:60} {ratio:7.3f}  at most {bound:.3f}  {'MISSED' if missed else 'held'}")
-    return missed
-
-
 def main():
     if sys.argv[1:2] == ["--child"]:
         kind, *rest = sys.argv[2:]
+        runtime.set_up(runtime.OTHER)
         return {"exports": write_exports, "warm": warm, "throughput": throughput}.get(
             kind, lambda *rest: subject(kind, *rest)
         )(*rest)
@@ -371,6 +332,8 @@ def main():
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(args.threads)
 
+    runtime.set_up(runtime.OTHER)
+    print(runtime.processor())
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         (told,) = alone("exports", folder, ",".join(args.size))

@@ -13,14 +13,15 @@ the plain map loses nothing by it. Under three minutes on two CPU cores.
 Linux only: memory is read from /proc.
 """
 
-import os
+import retinanet_keras  # noqa: F401  (sets up the process, before TensorFlow is imported)
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: its start-up notes
+# isort: split
 
 import argparse
 import dataclasses
 import io
 import itertools
+import os
 import statistics
 import subprocess
 import sys

@@ -15,19 +15,20 @@ libraries and weights included, from before its first step to the end: tracing a
 1 where a ratio misses its bound. Takes five minutes on two CPU cores. Linux only: memory is read from /proc.
 """
 
-import os
+import retinanet_keras  # noqa: F401  (sets up the process, before TensorFlow is imported)
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: its start-up notes
+# isort: split
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from turns import Process, judge, tell
+
+from retinanet_keras import runtime
 
 SIDE, IMAGES, BOXES, CLASSES = 512, 2, 10, 80
 WARM_UP = 2  # steps that trace, compile and fill the allocator
@@ -111,12 +112,9 @@ def resident_mb(field):
     raise RuntimeError(f"expected {field} in /proc/self/status, which Linux has; found none")
 
 
-def tell(**message):
-    print(json.dumps(message), flush=True)
-
-
 def train(name, training, rounds):
     """In a process of its own: trains a subject, each step after the warm-up at a line of stdin, and tells of each."""
+    runtime.set_up(runtime.LARGE_TRAINING)
     import keras
     import tensorflow as tf
 
@@ -172,35 +170,9 @@ def count_operations(training):
     tell(**found)
 
 
-class Process:
-    """This file run with other arguments; messages come from it line by line."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-        self.errors = tempfile.TemporaryFile("w+")
-        command = [sys.executable, __file__, "--child", *map(str, arguments)]
-        pipe = subprocess.PIPE
-        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
-
-    def hear(self):
-        """The next message, a dict."""
-        for line in self.child.stdout:
-            if line.startswith("{"):  # else somebody's chatter
-                return json.loads(line)
-        self.child.wait()
-        self.errors.seek(0)
-        raise RuntimeError(f"{self.arguments} ended early ({self.child.returncode}):\n{self.errors.read()[-4000:]}")
-
-    def go_on(self):
-        """Let it do its next turn; the message of that."""
-        self.child.stdin.write("\n")
-        self.child.stdin.flush()
-        return self.hear()
-
-    def end(self):
-        self.child.kill()
-        self.child.communicate()
-        self.errors.close()
+def start(name, training, rounds):
+    """A subject's process: ours is set up as `train.py` does it, others are left as they are."""
+    return Process(__file__, name, training, rounds, **({} if name == OURS else {runtime.SWITCH: "off"}))
 
 
 def compare(training, names, rounds):
@@ -209,11 +181,11 @@ def compare(training, names, rounds):
     processes, found = {}, {}
     try:
         for name in names:  # side by side: tracing keeps one core busy
-            processes[name] = Process(name, training, rounds)
+            processes[name] = start(name, training, rounds)
         for name, process in processes.items():
-            found[name] = process.hear()
+            found[name] = process.expect()
             for _ in range(0 if name == PRODUCTS else WARM_UP):
-                found[name].update(process.hear(), seconds=[], busy=[])
+                found[name].update(process.expect(), seconds=[], busy=[])
         print("timing", end=" ", flush=True)
         for _ in range(rounds):
             for name, process in processes.items():
@@ -267,12 +239,6 @@ def print_table(measured):
     print('("CPU s": of all cores in a step; "growth": the peak less what the process held before its first step)\n')
 
 
-def judge(what, found, bound):
-    """Print a ratio and its bound; whether it missed."""
-    print(f"{what:60} {found:5.3f}; required at most {bound:.3f}: {'holds' if found <= bound else 'MISSED'}")
-    return found > bound
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each subject (5)")
@@ -289,8 +255,10 @@ def main():
             train(name, training, int(rounds))
         return
 
-    counting = Process("operations", ALL, 0)
-    operations = counting.hear()
+    runtime.set_up(runtime.LARGE_TRAINING)
+    print(f"{runtime.processor()}, in our process")
+    counting = start("operations", ALL, 0)
+    operations = counting.expect()
     counting.end()
     measured = {SHIPS: compare(SHIPS, (OURS, GRAPH, XLA), rounds)}
     # By the best steps: another's load only adds, and the slower mode would be an easier opponent below.

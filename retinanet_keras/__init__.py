@@ -2,6 +2,10 @@
 
 import importlib
 
+from retinanet_keras import runtime
+
+runtime.set_up()
+
 __version__ = "0.1.0"
 
 _HOMES = {"RetinaNet": "model", "load_config": "config", "AnchorConfig": "config", "CocoMetrics": "training.metrics"}

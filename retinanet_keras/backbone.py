@@ -169,7 +169,8 @@ class GroupedConv2D(layers.Conv2D):
     """Keras's grouped convolution without bias, at a usable speed: the same weights and values.
 
     Keras compiles it with XLA on TensorFlow, whose gradient for CPUs takes a hundred times as long as TensorFlow's own
-    kernel. Within XLA on a CPU (`split`; on JAX always) one convolution for each group is what is fast.
+    kernel. Within XLA on a CPU (`split`; on JAX always), and where TensorFlow has no such kernel, there is one
+    convolution for each group.
     """
 
     split = False
@@ -181,7 +182,7 @@ class GroupedConv2D(layers.Conv2D):
 
             split = jax.default_backend() == "cpu"
         else:
-            split = self.split
+            split = self.split or (backend == "tensorflow" and not _grouped_gradients_exist())
         if split:
             parts = zip(
                 ops.split(inputs, self.groups, axis=-1), ops.split(self.kernel, self.groups, axis=-1), strict=True
@@ -192,6 +193,23 @@ class GroupedConv2D(layers.Conv2D):
         import tensorflow as tf
 
         return tf.nn.conv2d(inputs, ops.convert_to_tensor(self.kernel), self.strides, self.padding.upper())
+
+
+@functools.cache
+def _grouped_gradients_exist():
+    """Whether TensorFlow has gradients of grouped convolutions here: on CPUs only oneDNN's kernels have them."""
+    import tensorflow as tf
+
+    shape = (1, 3, 3, 4)
+    with tf.init_scope():  # at once, though a graph is being traced
+        kernel, y = tf.ones((3, 3, 2, 4)), tf.ones(shape)
+        try:
+            tf.raw_ops.Conv2DBackpropInput(
+                input_sizes=shape, filter=kernel, out_backprop=y, strides=[1] * 4, padding="SAME"
+            )
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+            return False
+    return True
 
 
 def split_groups(backbone):

@@ -4,18 +4,22 @@ import logging
 import os
 import sys
 
+from retinanet_keras import runtime
 from retinanet_keras.errors import Interrupted, UserError
 
 # A full or read-only disk, in the words that Python's, TensorFlow's and HDF5's errors share.
 REFUSALS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 
 
-def import_tensorflow():
-    """Import TensorFlow without its start-up notes, most of which no setting silences.
+def import_tensorflow(work=runtime.OTHER):
+    """Import TensorFlow, set up for some work, without its start-up notes, most of which no setting silences.
 
     It takes seconds, so commands call this once their arguments have been read and checked.
+
+    Args:
+        work: see `runtime.set_up`.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    runtime.set_up(work)
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

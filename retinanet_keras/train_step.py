@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from retinanet_keras import backbone as backbones
+from retinanet_keras import runtime
 
 NOT_FINITE = "the loss or its gradient is not finite"  # the message of the step that `check_finite` stops
 
@@ -47,6 +48,8 @@ def gradient_function(model, jit):
     jit = gpu if jit == "auto" else jit
     if jit and not gpu:
         backbones.split_groups(model.backbone)
+    if model.own_backbone and not gpu and not jit:
+        runtime.tell_if_slow(runtime.work_of(model.backbone.name, model.backbone.get_layer("stem").filters))
 
     def sums_and_gradients(images, boxes, labels):
         with tf.GradientTape() as tape:

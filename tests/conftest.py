@@ -1,12 +1,10 @@
 """What the tests share."""
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported: its start-up notes
-
 import copy
 
 import pytest
+
+import retinanet_keras  # noqa: F401  (before TensorFlow, whose process it sets up)
 
 
 def pytest_addoption(parser):

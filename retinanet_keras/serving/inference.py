@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from retinanet_keras import anchors, detections
 
-EARLY = ("stem", "res2", "res3")
+EARLY = ("stem", "res2", "res3", "res4")
 
 
 def detect_function(model, precision=None):
@@ -103,7 +103,7 @@ def _backbone(model, dtype):
 
 def _pyramid(pyramid, dtype):
     """c3, c4 and c5 -> p3 ... p7, as `FeaturePyramid`."""
-    laterals = {name: _Conv(layer, dtype) for name, layer in pyramid.laterals.items()}
+    laterals = {name: _Conv(layer, dtype, constant=True) for name, layer in pyramid.laterals.items()}
     outputs = {name: _Conv(layer, dtype, constant=True) for name, layer in pyramid.outputs_.items()}
     to_p6, to_p7 = _Conv(pyramid.p6, dtype), _Conv(pyramid.p7, dtype)
 
@@ -152,13 +152,17 @@ class _Conv:
         if not constant:
             weights = [None if w is None else tf.Variable(w, trainable=False) for w in weights]
         self.weights, self.constant, self.graph = weights, constant, None
-        self.strides = layer.strides
+        self.strides, self.grouped = layer.strides, layer.groups > 1
         self.padding = _explicit(layer.kernel_size[0]) if layer.strides != (1, 1) else "SAME"
 
     def __call__(self, x):
         kernel, bias = self._constants() if self.constant else self.weights
         x = tf.nn.conv2d(x, kernel, self.strides, self.padding)
-        return x if bias is None else tf.nn.bias_add(x, bias)
+        if bias is None:
+            return x
+        if self.grouped:  # TensorFlow would fuse conv and bias into a kernel that has no groups but in oneDNN
+            return x - (-bias)
+        return tf.nn.bias_add(x, bias)
 
     def _constants(self):
         """One of each for a graph, however many levels use it there."""
