@@ -246,8 +246,7 @@ class RetinaNet(keras.Model):
             int32 [B, D], count int32 [B]; D = `detection.max_detections`. Rows past count: box 0, score 0, label -1.
         """
         images = ops.convert_to_tensor(images)
-        if len(images.shape) != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images: expected RGB images [B, H, W, 3], got shape {tuple(images.shape)}")
+        _check_images(images)
         if sizes is None:
             sizes = _own_sizes(images)
         if keras.backend.backend() != "tensorflow":
@@ -258,9 +257,16 @@ class RetinaNet(keras.Model):
             self._detect_graph = tf.function(self.detect_in_graph, reduce_retracing=True)
         return self._detect_graph(images, tf.cast(sizes, tf.float32))
 
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
+        """Keras's `predict`, which fails on an empty array; here that has no detections."""
+        if getattr(x, "shape", None) and x.shape[0] == 0:
+            return self.predict_on_batch(x)
+        return super().predict(x, batch_size, verbose, steps, callbacks)
+
     def predict_step(self, *args):
         """`predict` gives the dict of `detect`."""
         images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
+        _check_images(images)
         sizes = truth["size"] if truth and "size" in truth else _own_sizes(images)
         if keras.backend.backend() != "jax":
             return self.detect_in_graph(images, sizes)
@@ -271,7 +277,11 @@ class RetinaNet(keras.Model):
 
     def detect_in_graph(self, images, sizes):
         """`detect` without its own compilation, for use in a larger graph."""
-        return self.decode_in_graph(self.outputs_in_graph(images, sizes), images, sizes)
+
+        def detect(images, sizes):
+            return self.decode_in_graph(self.outputs_in_graph(images, sizes), images, sizes)
+
+        return detections.for_any_batch(detect)(images, sizes)
 
     def outputs_in_graph(self, images, sizes):
         """The first half of `detect_in_graph`: logits and deltas, with nothing beyond an image's size."""
@@ -347,6 +357,13 @@ def _layers_of(policy):
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def _check_images(images):
+    if len(images.shape) != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
+        raise ValueError(
+            f"images: expected RGB images [B, H, W, 3] of one pixel or more, got shape {tuple(images.shape)}"
+        )
 
 
 def _own_sizes(images):

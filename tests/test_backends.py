@@ -88,3 +88,10 @@ def test_fit_lowers_the_loss_and_predict_detects(small_model, loss):
     assert history["positives"][0] > 1
     found = model.predict(IMAGES, verbose=0)
     assert found["boxes"].shape == (2, 100, 4) and (found["labels"][0, found["count"][0] :] == -1).all()
+
+
+def test_no_images_have_no_detections(small_model):
+    model = small_model()
+    for found in (model.detect(IMAGES[:0]), model.predict(IMAGES[:0], verbose=0)):
+        shapes = {name: value.shape for name, value in backends.numpy_of(found).items()}
+        assert shapes == {"boxes": (0, 100, 4), "scores": (0, 100), "labels": (0, 100), "count": (0,)}

@@ -514,7 +514,7 @@ def test_other_bad_arguments(small_model):
     model = small_model()
     with pytest.raises(ValueError, match='normalizer: expected "image" or "minibatch", got \'batch\''):
         model.compile(normalizer="batch")
-    for shape in ((64, 64, 3), (1, 64, 64), (1, 64, 64, 4)):
+    for shape in ((64, 64, 3), (1, 64, 64), (1, 64, 64, 4), (1, 0, 64, 3)):
         with pytest.raises(ValueError, match="images: expected RGB images"):
             model.detect(np.zeros(shape, "uint8"))
 
