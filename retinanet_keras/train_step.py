@@ -21,16 +21,16 @@ def prepare(model):
 
 
 def gradient_function(model, jit):
-    """A function of (images, boxes, labels) of one replica to the sums of its losses and their gradients.
+    """A function of (images, boxes, labels, sample_weight=None) of one replica to the sums of its losses and gradients.
 
     Args:
         model: a compiled RetinaNet.
         jit: compile by XLA; "auto": where there is a GPU.
 
     Returns:
-        a tf.function giving ((classification, box, divisor, positives, images), gradients): float32 scalars as of
-        `objective.loss_terms`, and a gradient of the weighted sum of the losses for each trainable variable, divided
-        by the divisor on one replica, by the images of all replicas on several.
+        a tf.function giving ((classification, box, divisor, positives, images),
+        gradients): float32 scalars as of `objective.loss_terms`, and a gradient of the weighted sum of the losses for
+        each trainable variable, divided by the divisor on one replica, by the images of all replicas on several.
 
     Raises:
         ValueError: where batch normalisation would be trained on several replicas, naming a layer and what to use.
@@ -48,10 +48,10 @@ def gradient_function(model, jit):
     if jit and not gpu:
         backbones.split_groups(model.backbone)
 
-    def sums_and_gradients(images, boxes, labels):
+    def sums_and_gradients(images, boxes, labels, sample_weight=None):
         with tf.GradientTape() as tape:
             outputs = model(images, training=True)
-            sums = model.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs)
+            sums = model.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs, sample_weight)
             loss = model.optimizer.scale_loss(sums[0] + model.box_weight * sums[1])
             # Divided here, it takes no pass over the gradients later, and float16 stays within its range.
             images_in_all = tf.cast(tf.shape(images)[0] * replicas, tf.float32)
