@@ -147,6 +147,8 @@ class RetinaNet(keras.Model):
             ValueError: for its `loss`, `loss_weights`, `metrics` and `weighted_metrics`, naming what to use instead.
         """
         fit_arguments.check_compile(kwargs)
+        if jit_compile is True and kwargs.get("run_eagerly"):
+            raise ValueError('jit_compile: expected False or "auto" with run_eagerly=True, got True')
         if normalizer not in ("image", "minibatch"):
             raise ValueError(f'normalizer: expected "image" or "minibatch", got {normalizer!r}')
         self.classification_loss = losses.get(classification_loss) or losses.FocalLoss()
@@ -171,11 +173,13 @@ class RetinaNet(keras.Model):
             "optimizer": self.optimizer, "classification_loss": self.classification_loss, "box_loss": self.box_loss,
             "box_weight": self.box_weight, "normalizer": self.normalizer, "jit_compile": self.jit_step,
             "mining": self.mining and dataclasses.asdict(self.mining), "check_finite": self.check_finite,
+            "run_eagerly": self.run_eagerly, "steps_per_execution": self.steps_per_execution,
         }  # fmt: skip
         return keras.saving.serialize_keras_object(config)
 
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        # The optimizer was saved with its loss scaling, if it had any.
+        self.compile(**keras.saving.deserialize_keras_object(config), auto_scale_loss=False)
         self.optimizer.build(self.trainable_variables)
 
     @functools.wraps(keras.Model.fit)

@@ -28,7 +28,7 @@ def gradient_function(model, jit):
         jit: compile by XLA; "auto": where there is a GPU.
 
     Returns:
-        a tf.function giving ((classification, box, divisor, positives, images),
+        a tf.function, or with `run_eagerly` a plain one, giving ((classification, box, divisor, positives, images),
         gradients): float32 scalars as of `objective.loss_terms`, and a gradient of the weighted sum of the losses for
         each trainable variable, divided by the divisor on one replica, by the images of all replicas on several.
 
@@ -58,6 +58,8 @@ def gradient_function(model, jit):
             loss = loss / (sums[2] if replicas == 1 else images_in_all)
         return (*sums, tf.cast(tf.shape(images)[0], tf.float32)), tape.gradient(loss, model.trainable_variables)
 
+    if model.run_eagerly:
+        return sums_and_gradients
     return tf.function(sums_and_gradients, jit_compile=jit, reduce_retracing=True)
 
 
