@@ -64,6 +64,34 @@ def grid(height, width, stride):
     return (height + stride - 1) // stride, (width + stride - 1) // stride
 
 
+def spacing(side, cells, stride, config=AnchorConfig()):  # noqa: B008
+    """Pixels from one cell's center to the next, along a side of the image.
+
+    Args:
+        side: height or width of the image in pixels; an int, an array of them, or an integer tensor of the graph.
+        cells: rows or columns of the level, as `grid` gives them for that side.
+        stride: of the level, in pixels.
+
+    Returns:
+        the stride; with rounding "integers" float32 of the shape of `side`, torchvision's whole pixels per cell: less
+        than the stride where the last cell is partial.
+    """
+    return ops.cast(side // cells, "float32") if config.rounding == "integers" else stride
+
+
+def cell_centers(cells, spacing, config=AnchorConfig()):  # noqa: B008
+    """Centers of cells along a side of the image.
+
+    Args:
+        cells: numbers of rows or columns, from 0.
+        spacing: of that side, from `spacing`.
+
+    Returns:
+        float32 of the shape of `cells`, in pixels.
+    """
+    return (ops.cast(cells, "float32") + config.offset) * spacing
+
+
 def level_sizes(height, width, config=AnchorConfig()):  # noqa: B008
     """Anchors on each level, the finest first, for an image of height x width pixels (ints or integer tensors)."""
     counts = []
@@ -91,16 +119,13 @@ def anchors_by_level(height, width, config=AnchorConfig()):  # noqa: B008
     levels = []
     for stride in strides(config):
         rows, columns = grid(height, width, stride)
-        across, down = stride, stride
-        if config.rounding == "integers":  # whole pixels per cell, though partial cells count: strides drift
-            across, down = (ops.cast(side, "float32") for side in (width // columns, height // rows))
-        x = (ops.cast(ops.arange(columns), "float32") + config.offset) * across  # [columns]
-        y = (ops.cast(ops.arange(rows), "float32") + config.offset) * down  # [rows]
+        x = cell_centers(ops.arange(columns), spacing(width, columns, stride, config), config)  # [columns]
+        y = cell_centers(ops.arange(rows), spacing(height, rows, stride, config), config)  # [rows]
         offsets = cell_anchors(stride, config)  # [a, 4]
         shape = (rows, columns, config.per_cell)
         corners = [
-            ops.broadcast_to(centre + offsets[None, None, :, side], shape)
-            for side, centre in enumerate([x[None, :, None], y[:, None, None]] * 2)
+            ops.broadcast_to(center + offsets[None, None, :, side], shape)
+            for side, center in enumerate([x[None, :, None], y[:, None, None]] * 2)
         ]
         levels.append(ops.reshape(ops.stack(corners, axis=-1), (-1, 4)))
     return levels

@@ -75,6 +75,27 @@ def decode_levels(
     return dict(zip(("boxes", "scores", "labels", "count"), kept, strict=True))
 
 
+def for_any_batch(detect):
+    """Make a detection function take empty batches, too: convolutions of oneDNN and ONNX Runtime fail on them.
+
+    Args:
+        detect: a function of arrays [B, ...] to a dict of arrays [B, ...], B at least 1.
+
+    Returns:
+        the same function for any B: where it is 0, `detect` is given a row of zeros, and its results are removed.
+    """
+
+    def detect_any(*batch):
+        count = ops.shape(batch[0])[0]
+        if isinstance(count, int) and count > 0:
+            return detect(*batch)
+        missing = 1 - _smaller(count, 1)
+        padded = (ops.pad(array, [[0, missing]] + [[0, 0]] * (len(array.shape) - 1)) for array in batch)
+        return {name: value[:count] for name, value in detect(*padded).items()}
+
+    return detect_any
+
+
 def _clip_and_drop(kept_boxes, scores, labels, height, width):
     """Detections cut to the image; those without area go, and the others move up in order."""
     kept_boxes = boxes.clip(kept_boxes, height, width)

@@ -6,12 +6,13 @@ forward, loss and gradients in one XLA function per replica, and everything that
 
 import contextlib
 import dataclasses
+import functools
 
 import keras
 from keras import ops
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import detections, losses, objective, pretrained
+from retinanet_keras import detections, fit_arguments, losses, objective, pretrained
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig
 from retinanet_keras.pyramid import FeaturePyramid, LastLayer
@@ -140,7 +141,14 @@ class RetinaNet(keras.Model):
             jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
             check_finite: stop a step whose loss or gradient is not finite before it changes anything, with
                 TensorFlow's InvalidArgumentError; there only.
+            **kwargs: `run_eagerly`, `steps_per_execution` and `auto_scale_loss` of `keras.Model.compile`.
+
+        Raises:
+            ValueError: for its `loss`, `loss_weights`, `metrics` and `weighted_metrics`, naming what to use instead.
         """
+        fit_arguments.check_compile(kwargs)
+        if jit_compile is True and kwargs.get("run_eagerly"):
+            raise ValueError('jit_compile: expected False or "auto" with run_eagerly=True, got True')
         if normalizer not in ("image", "minibatch"):
             raise ValueError(f'normalizer: expected "image" or "minibatch", got {normalizer!r}')
         self.classification_loss = losses.get(classification_loss) or losses.FocalLoss()
@@ -165,38 +173,57 @@ class RetinaNet(keras.Model):
             "optimizer": self.optimizer, "classification_loss": self.classification_loss, "box_loss": self.box_loss,
             "box_weight": self.box_weight, "normalizer": self.normalizer, "jit_compile": self.jit_step,
             "mining": self.mining and dataclasses.asdict(self.mining), "check_finite": self.check_finite,
+            "run_eagerly": self.run_eagerly, "steps_per_execution": self.steps_per_execution,
         }  # fmt: skip
         return keras.saving.serialize_keras_object(config)
 
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        # The optimizer was saved with its loss scaling, if it had any.
+        self.compile(**keras.saving.deserialize_keras_object(config), auto_scale_loss=False)
         self.optimizer.build(self.trainable_variables)
 
-    def loss_terms(self, images, truth, outputs):
-        """`objective.loss_terms` of a batch of images as compiled; truth: dict of boxes [B, N, 4] and labels [B, N]."""
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, class_weight=None, **kwargs):
+        fit_arguments.check_class_weight(class_weight)
+        return super().fit(*args, **kwargs)
+
+    @functools.wraps(keras.Model.train_on_batch)
+    def train_on_batch(self, *args, class_weight=None, **kwargs):
+        fit_arguments.check_class_weight(class_weight)
+        return super().train_on_batch(*args, **kwargs)
+
+    def loss_terms(self, images, truth, outputs, sample_weight=None):
+        """`objective.loss_terms` of a batch of images as compiled.
+
+        Args:
+            truth: dict of boxes [B, N, 4] and labels [B, N].
+            sample_weight: factor of each image's loss, [B], or a dict of labels [B] and boxes [B], factors of its
+                classification and its box loss. The divisor does not depend on it, as in Keras. None: 1.
+        """
         return objective.loss_terms(
             outputs, truth["boxes"], truth["labels"], self._anchors_of(images, SIZE_MULTIPLE)[0],
             target_config=self.targets, classification_loss=self.classification_loss, box_loss=self.box_loss,
             normalizer=self.normalizer, mining_config=self.mining,
+            image_weights=fit_arguments.image_weights(sample_weight),
         )  # fmt: skip
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of one batch; evaluation uses it on every backend, and training where there is no own train step."""
-        classification, box, divisor, positives = self.loss_terms(x, y, y_pred)
+        classification, box, divisor, positives = self.loss_terms(x, y, y_pred, sample_weight)
         self._track(classification, box, divisor, positives, ops.shape(x)[0])
         return (classification + self.box_weight * box) / divisor
 
     def train_step(self, *args):
-        """One step; on TensorFlow that of `train_step.py`, of (images, truth)."""
+        """One step; on TensorFlow that of `train_step.py`, of (images, truth) or (images, truth, sample_weight)."""
         if keras.backend.backend() != "tensorflow":
             return super().train_step(*args)
         from retinanet_keras import train_step
 
-        images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])  # `train_on_batch` gives three
+        images, truth, sample_weight = keras.utils.unpack_x_y_sample_weight(args[0])
         if self._gradients is None:
             self._gradients = train_step.gradient_function(self, self.jit_step)
         before = train_step.moving_statistics(self) if self.check_finite else None
-        own = self._gradients(images, truth["boxes"], truth["labels"])
+        own = self._gradients(images, truth["boxes"], truth["labels"], sample_weight)
         sums, norm = train_step.update(self, own, before)
         return self._logs(*sums, gradient_norm=norm)
 
@@ -204,8 +231,8 @@ class RetinaNet(keras.Model):
         """`evaluate` on TensorFlow: Keras's would multiply the loss by the number of replicas."""
         if keras.backend.backend() != "tensorflow":
             return super().test_step(*args)
-        images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[0])
-        sums = self.loss_terms(images, truth, self(images, training=False))
+        images, truth, sample_weight = keras.utils.unpack_x_y_sample_weight(args[0])
+        sums = self.loss_terms(images, truth, self(images, training=False), sample_weight)
         return self._logs(*sums, ops.shape(images)[0])
 
     def _logs(self, classification, box, divisor, positives, batch, **others):
@@ -246,8 +273,7 @@ class RetinaNet(keras.Model):
             int32 [B, D], count int32 [B]; D = `detection.max_detections`. Rows past count: box 0, score 0, label -1.
         """
         images = ops.convert_to_tensor(images)
-        if len(images.shape) != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images: expected RGB images [B, H, W, 3], got shape {tuple(images.shape)}")
+        _check_images(images)
         if sizes is None:
             sizes = _own_sizes(images)
         if keras.backend.backend() != "tensorflow":
@@ -258,9 +284,16 @@ class RetinaNet(keras.Model):
             self._detect_graph = tf.function(self.detect_in_graph, reduce_retracing=True)
         return self._detect_graph(images, tf.cast(sizes, tf.float32))
 
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
+        """Keras's `predict`, which fails on an empty array; here that has no detections."""
+        if getattr(x, "shape", None) and x.shape[0] == 0:
+            return self.predict_on_batch(x)
+        return super().predict(x, batch_size, verbose, steps, callbacks)
+
     def predict_step(self, *args):
         """`predict` gives the dict of `detect`."""
         images, truth, _ = keras.utils.unpack_x_y_sample_weight(args[-1])
+        _check_images(images)
         sizes = truth["size"] if truth and "size" in truth else _own_sizes(images)
         if keras.backend.backend() != "jax":
             return self.detect_in_graph(images, sizes)
@@ -271,7 +304,11 @@ class RetinaNet(keras.Model):
 
     def detect_in_graph(self, images, sizes):
         """`detect` without its own compilation, for use in a larger graph."""
-        return self.decode_in_graph(self.outputs_in_graph(images, sizes), images, sizes)
+
+        def detect(images, sizes):
+            return self.decode_in_graph(self.outputs_in_graph(images, sizes), images, sizes)
+
+        return detections.for_any_batch(detect)(images, sizes)
 
     def outputs_in_graph(self, images, sizes):
         """The first half of `detect_in_graph`: logits and deltas, with nothing beyond an image's size."""
@@ -347,6 +384,13 @@ def _layers_of(policy):
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def _check_images(images):
+    if len(images.shape) != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
+        raise ValueError(
+            f"images: expected RGB images [B, H, W, 3] of one pixel or more, got shape {tuple(images.shape)}"
+        )
 
 
 def _own_sizes(images):

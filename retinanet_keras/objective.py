@@ -10,7 +10,7 @@ from retinanet_keras import losses, mining, targets
 
 def loss_terms(
     outputs, gt_boxes, gt_labels, anchors, *, target_config, classification_loss, box_loss, normalizer="image",
-    mining_config=None,
+    mining_config=None, image_weights=None,
 ):  # fmt: skip
     """The unnormalised losses of a batch, and what to divide them by.
 
@@ -25,6 +25,7 @@ def loss_terms(
         normalizer: "image", each image's losses are divided by its own number of positive anchors (§4.1); "minibatch",
             the divisor is the sum over the images of Detectron's number of assigned anchors + 1.
         mining_config: a MiningConfig, or None: the classification loss is of each image's hardest anchors only (§5.1).
+        image_weights: factors of each image's losses, a dict of labels [B], for classification, and boxes [B]; or None.
 
     Returns:
         (classification, box, divisor, positives): float32 scalars. The losses are sums over the batch; sums and
@@ -47,6 +48,8 @@ def loss_terms(
     box = ops.sum(_elementwise(box_loss, box_targets, outputs["deltas"]), axis=-1)  # [B, A]
     box = ops.sum(ops.where(positive, box, 0.0), axis=1)  # [B]
 
+    if image_weights is not None:
+        classification, box = classification * image_weights["labels"], box * image_weights["boxes"]
     if normalizer == "image":
         # An image without positives still teaches the background: its loss is divided by 1.
         classification, box = (ops.sum(loss / ops.maximum(count, 1.0)) for loss in (classification, box))

@@ -22,16 +22,16 @@ def prepare(model):
 
 
 def gradient_function(model, jit):
-    """A function of (images, boxes, labels) of one replica to the sums of its losses and their gradients.
+    """A function of (images, boxes, labels, sample_weight=None) of one replica to the sums of its losses and gradients.
 
     Args:
         model: a compiled RetinaNet.
         jit: compile by XLA; "auto": where there is a GPU.
 
     Returns:
-        a tf.function giving ((classification, box, divisor, positives, images), gradients): float32 scalars as of
-        `objective.loss_terms`, and a gradient of the weighted sum of the losses for each trainable variable, divided
-        by the divisor on one replica, by the images of all replicas on several.
+        a tf.function, or with `run_eagerly` a plain one, giving ((classification, box, divisor, positives, images),
+        gradients): float32 scalars as of `objective.loss_terms`, and a gradient of the weighted sum of the losses for
+        each trainable variable, divided by the divisor on one replica, by the images of all replicas on several.
 
     Raises:
         ValueError: where batch normalisation would be trained on several replicas, naming a layer and what to use.
@@ -51,16 +51,18 @@ def gradient_function(model, jit):
     if model.own_backbone and not gpu and not jit:
         runtime.tell_if_slow(runtime.work_of(model.backbone.name, model.backbone.get_layer("stem").filters))
 
-    def sums_and_gradients(images, boxes, labels):
+    def sums_and_gradients(images, boxes, labels, sample_weight=None):
         with tf.GradientTape() as tape:
             outputs = model(images, training=True)
-            sums = model.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs)
+            sums = model.loss_terms(images, {"boxes": boxes, "labels": labels}, outputs, sample_weight)
             loss = model.optimizer.scale_loss(sums[0] + model.box_weight * sums[1])
             # Divided here, it takes no pass over the gradients later, and float16 stays within its range.
             images_in_all = tf.cast(tf.shape(images)[0] * replicas, tf.float32)
             loss = loss / (sums[2] if replicas == 1 else images_in_all)
         return (*sums, tf.cast(tf.shape(images)[0], tf.float32)), tape.gradient(loss, model.trainable_variables)
 
+    if model.run_eagerly:
+        return sums_and_gradients
     return tf.function(sums_and_gradients, jit_compile=jit, reduce_retracing=True)
 
 

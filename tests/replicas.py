@@ -14,12 +14,12 @@ import numpy as np
 
 SETTINGS = {
     "replicas": 1, "norm": "frozen", "normalizer": "image", "jit": True, "steps": 10, "width": 16, "fpn_channels": 32,
-    "head_depth": 1, "learning_rate": 0.02, "dump": None,
+    "head_depth": 1, "learning_rate": 0.02, "dump": None, "weighted": False,
 }  # fmt: skip
 
 
 def batches(steps, batch_size=16):
-    """Landscape and portrait by turns; 0 to 5 boxes an image, in each batch an image without any."""
+    """Landscape and portrait by turns; 0 to 5 boxes an image, in each batch an image without any; weights 0 to 2."""
     rng = np.random.default_rng(1)
     for step in range(steps):
         height, width = ((96, 64), (64, 96))[step % 2]
@@ -29,7 +29,8 @@ def batches(steps, batch_size=16):
             corner = rng.uniform(0, 40, (n, 2))
             boxes[i, :n] = np.concatenate([corner, corner + rng.uniform(8, 50, (n, 2))], axis=1)
             labels[i, :n] = rng.integers(0, 3, n)
-        yield rng.integers(0, 256, (batch_size, height, width, 3), "uint8"), {"boxes": boxes, "labels": labels}
+        images = rng.integers(0, 256, (batch_size, height, width, 3), "uint8")
+        yield images, {"boxes": boxes, "labels": labels}, np.linspace(0, 2, batch_size, dtype="float32")
 
 
 def main(settings, out):
@@ -72,8 +73,11 @@ def main(settings, out):
     spec = (
         tf.TensorSpec((16, None, None, 3), tf.uint8),
         {"boxes": tf.TensorSpec((16, 5, 4)), "labels": tf.TensorSpec((16, 5), tf.int64)},
+        tf.TensorSpec((16,)),
     )
     data = tf.data.Dataset.from_generator(lambda: batches(settings["steps"]), output_signature=spec)
+    if not settings["weighted"]:
+        data = data.map(lambda images, truth, _: (images, truth))
     history = model.fit(data, steps_per_epoch=settings["steps"], verbose=0).history
     after = {f"after{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
     np.savez(out, **before, **after)

@@ -45,8 +45,8 @@ def test_resnext_is_the_same_network(tmp_path):
         np.testing.assert_allclose(ours[name], theirs, atol=1e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("normalizer", ["image", "minibatch"])
-def test_one_step_is_the_papers(small_model, normalizer):
+@pytest.mark.parametrize("normalizer, image_weights", [("image", None), ("minibatch", None), ("image", [0.5, 2.0])])
+def test_one_step_is_the_papers(small_model, normalizer, image_weights):
     """The loss, and by the class subnet's bias its gradient, against NumPy: a step of SGD moves it by that."""
     model = small_model(prior=0.1)
     model.compile(keras.optimizers.SGD(0.5), normalizer=normalizer)
@@ -63,8 +63,9 @@ def test_one_step_is_the_papers(small_model, normalizer):
         slope = np.zeros((len(anchors), 3))
         higher, lower = (reference.focal(logits + sign * step, one_hot[used]) for sign in (1, -1))
         slope[used] = (higher - lower) / (2 * step)
-        total.append(each + box)
-        slopes.append(slope.reshape(-1, 9 * 3).sum(axis=0))  # of the channels a * K + k
+        weight = image_weights[b] if image_weights else 1.0
+        total.append(weight * (each + box))
+        slopes.append(weight * slope.reshape(-1, 9 * 3).sum(axis=0))  # of the channels a * K + k
         assigned = reference.assigned(anchors, TRUTH["boxes"][b], TRUTH["labels"][b])
         divisors.append(max(positive.sum(), 1) if normalizer == "image" else assigned + 1)
     if normalizer == "image":
@@ -73,7 +74,8 @@ def test_one_step_is_the_papers(small_model, normalizer):
     else:
         loss, slope = sum(total) / sum(divisors), sum(slopes) / sum(divisors)
     before = backends.numpy_of(model.class_subnet.final.bias)
-    history = model.fit(IMAGES, TRUTH, batch_size=2, verbose=0).history
+    weights = image_weights and np.float32(image_weights)
+    history = model.fit(IMAGES, TRUTH, sample_weight=weights, batch_size=2, verbose=0).history
     assert history["loss"][0] == pytest.approx(loss, rel=1e-4)
     moved = before - backends.numpy_of(model.class_subnet.final.bias)
     np.testing.assert_allclose(moved, 0.5 * slope, rtol=2e-3, atol=1e-5)
@@ -88,3 +90,10 @@ def test_fit_lowers_the_loss_and_predict_detects(small_model, loss):
     assert history["positives"][0] > 1
     found = model.predict(IMAGES, verbose=0)
     assert found["boxes"].shape == (2, 100, 4) and (found["labels"][0, found["count"][0] :] == -1).all()
+
+
+def test_no_images_have_no_detections(small_model):
+    model = small_model()
+    for found in (model.detect(IMAGES[:0]), model.predict(IMAGES[:0], verbose=0)):
+        shapes = {name: value.shape for name, value in backends.numpy_of(found).items()}
+        assert shapes == {"boxes": (0, 100, 4), "scores": (0, 100), "labels": (0, 100), "count": (0,)}

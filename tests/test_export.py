@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -137,6 +139,47 @@ def test_session_loader_in_a_process_with_tensorflow_alone(model, saved, tmp_pat
     for name in ("serving_default", "serving_bytes"):
         found = {key.removeprefix(f"{name}_"): out[key] for key in out if key.startswith(name)}
         assert_same(found, own_path(model, image))
+
+
+EMPTY = """
+import sys, keras, numpy as np, tensorflow as tf
+signatures = tf.saved_model.load(sys.argv[1]).signatures
+answers = [signatures["serving_default"](images=tf.zeros([0, 50, 70, 3], tf.uint8)),
+           signatures["serving_bytes"](image_bytes=tf.zeros([0], tf.string))]
+graph = tf.Graph()
+with graph.as_default(), tf.compat.v1.Session(graph=graph) as session:
+    meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], sys.argv[1])
+    none = {"serving_default": np.zeros([0, 50, 70, 3], "uint8"), "serving_bytes": np.array([], object)}
+    for name, value in none.items():
+        signature = meta.signature_def[name]
+        (entry,) = signature.inputs.values()
+        answers.append(session.run({k: v.name for k, v in signature.outputs.items()}, {entry.name: value}))
+for shape in ([1, 0, 0, 3], [2, 0, 40, 3], [2, 40, 0, 3]):
+    try:
+        signatures["serving_default"](images=tf.zeros(shape, tf.uint8))
+    except tf.errors.InvalidArgumentError:
+        continue
+    sys.exit(f"images of shape {shape} were accepted")
+for found in answers:
+    assert {name: value.shape[1:] for name, value in found.items()} == {
+        **{name: (100,) for name in ("scores", "labels", "category_ids", "names")}, "boxes": (100, 4),
+        "num_detections": ()}
+    assert {value.shape[0] for value in found.values()} == {0}
+from retinanet_keras import RetinaNet
+model = RetinaNet(2, "resnet18", width=8, fpn_channels=16, head_depth=1)
+none, one = np.zeros([0, 50, 70, 3], "uint8"), np.zeros([1, 50, 70, 3], "uint8")
+batches = tf.data.Dataset.from_generator(lambda: (none, one, none), output_signature=tf.TensorSpec([None, 50, 70, 3]))
+for found, count in [(model.detect(none), 0), (model.predict_on_batch(none), 0), (model.predict(none, verbose=0), 0),
+                     (model.predict(batches, verbose=0), 1)]:
+    assert found["boxes"].shape == (count, 100, 4) and found["count"].shape == (count,)
+"""
+
+
+def test_an_empty_batch_has_no_detections(saved):
+    """With oneDNN, whose convolutions fail on one; whether it is used is decided when TensorFlow starts."""
+    env = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", EMPTY, str(saved)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_bad_bytes_are_an_invalid_argument(saved):

@@ -6,6 +6,7 @@ takes a trained one instead, and parts of the first images of its test split.
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,16 @@ def test_tf_servings_loader_in_cpp(trained, saved, picture, program, tmp_path):
         assert_same((rows[:, 0], rows[:, 1], rows[:, 2:]), own_path(trained, image))
 
 
+def test_tf_servings_loader_in_cpp_with_no_images(saved, program, tmp_path):
+    """And with oneDNN, whose convolutions fail on an empty batch."""
+    (tmp_path / "pixels").touch()
+    command = [program, saved, "64", "96", tmp_path / "pixels"]
+    env = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == f"bad {tf.errors.INVALID_ARGUMENT}\n"
+
+
 def run_in_session(saved, signature, value, config=None):
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph, config=config) as session:
         meta = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(saved)).signature_def[signature]
@@ -191,6 +202,7 @@ def test_onnx_finds_the_same(trained, run_folder, picture, tmp_path):
         for i, image in enumerate(batch):
             n = found["num_detections"][i]
             assert_same([found[name][i, :n] for name in ("scores", "labels", "boxes")], own_path(trained, image))
+    assert {len(found) for found in session.run(None, {"images": np.zeros((0, 64, 96, 3), "uint8")})} == {0}
 
 
 def test_without_its_packages_onnx_says_what_to_install(trained, tmp_path, monkeypatch):

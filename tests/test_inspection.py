@@ -250,18 +250,27 @@ def test_what_a_box_needs_depends_on_low_quality(dataset, low_quality, level):
     assert report["splits"]["train"]["below_negative_iou"] == 0
 
 
-def test_best_iou_is_that_of_all_anchors():
+@pytest.mark.parametrize("levels", ["pyramid", "last"])
+@pytest.mark.parametrize("rounding", ["none", "cell", "integers"])
+def test_best_iou_is_that_of_all_anchors(rounding, levels):
+    """Of boxes anywhere, at the border, without area, and of an anchor's own place and size; canvases mixed."""
     rng = np.random.default_rng(0)
-    height, width = 96, 160
-    first = rng.uniform(-5, [width, height], [60, 2])
-    size = np.exp(rng.uniform(np.log(1), np.log(300), [60, 2]))
-    truth = np.concatenate([first, first + size], axis=1).astype(np.float32)
-    truth = np.concatenate([truth, [[50, 50, 50, 60]]]).astype(np.float32)  # without area
-    for config in (AnchorConfig(), AnchorConfig(size=2.5, scales=2, ratios=(0.3, 1.0, 4.0))):
-        expected = np.asarray(boxes.iou(truth, anchors.anchor_boxes(height, width, config))).max(axis=1)
-        found = reach.best_iou(truth, np.tile([height, width], (61, 1)), config)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert reach.best_iou(np.zeros([0, 4], np.float32), np.zeros([0, 2], int), AnchorConfig()).shape == (0,)
+    canvases = [(96, 160), (160, 96), (32, 32), (416, 672), (800, 1056)]  # of 128 the last level has partial cells
+    settings = [{"offset": offset} for offset in (0.0, 0.2, 0.5, 1.0)]
+    settings.append({"offset": 0.0, "size": 2.5, "scales": 2, "ratios": (0.3, 1.0, 4.0)})
+    for config in (AnchorConfig(rounding=rounding, levels=levels, **values) for values in settings):
+        truth, expected = [], []
+        for height, width in canvases:
+            everywhere = np.asarray(anchors.anchor_boxes(height, width, config))
+            first = rng.uniform(-20, [width, height], [60, 2])
+            first[40:] = rng.choice([[-3, -3], [width - 30, height - 30]], 20)
+            size = np.exp(rng.uniform(np.log(1), np.log(600), [60, 2]))
+            own = [np.concatenate([first, first + size], axis=1), rng.choice(everywhere, 20), [[50, 50, 50, 60]]]
+            truth.append(np.concatenate(own).astype(np.float32))
+            expected.append(np.asarray(boxes.iou(truth[-1], everywhere)).max(axis=1))
+        found = reach.best_iou(np.concatenate(truth), np.repeat(canvases, 81, axis=0), config)
+        np.testing.assert_allclose(found, np.concatenate(expected), rtol=0, atol=1e-5)
+    assert reach.best_iou(np.zeros([0, 4], np.float32), np.zeros([0, 2], int), config).shape == (0,)
 
 
 def test_boxes_are_measured_at_the_training_size(dataset):

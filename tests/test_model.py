@@ -26,6 +26,7 @@ TRUTH = {  # of 64 x 64 images: two boxes and padding; none; one box that is too
     "labels": np.int32([[0, 2, -1], [-1, -1, -1], [1, -1, -1]]),
 }  # fmt: skip
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3)).astype("uint8")
+WEIGHTS = np.float32([0.5, 2.0, 0.25])
 NO_BOXES = {"boxes": np.zeros((3, 0, 4), "float32"), "labels": np.zeros((3, 0), "int32")}
 
 
@@ -42,7 +43,7 @@ def lively(model, seed=1):
     return model
 
 
-def numpy_loss(model, normalizer, truth=TRUTH, box_weight=1.0):
+def numpy_loss(model, normalizer, truth=TRUTH, box_weight=1.0, image_weights=1.0):
     """§4.1, from the model's outputs on: every anchor that is not ignored, normalised."""
     outputs = numpy_of(model(IMAGES))
     anchors = reference.anchors(64, 64)
@@ -58,7 +59,7 @@ def numpy_loss(model, normalizer, truth=TRUTH, box_weight=1.0):
         counts.append(positive.sum())
     if truth is TRUTH:
         assert ignored > 0 and counts[0] > 3 and counts[1] == 0
-    whole = np.array(classification) + box_weight * np.array(box)
+    whole = image_weights * (np.array(classification) + box_weight * np.array(box))
     if normalizer == "image":
         return (whole / np.maximum(counts, 1)).mean()
     assigned = [reference.assigned(anchors, truth["boxes"][b], truth["labels"][b]) for b in range(len(IMAGES))]
@@ -233,6 +234,47 @@ def test_loss_equals_numpy(small_model, normalizer):
     assert logs["positives"] > 1
 
 
+def test_sample_weight_weights_images_wherever_keras_takes_it(small_model):
+    model = lively(small_model())
+    model.compile(keras.optimizers.SGD(0.0))
+    expected = numpy_loss(model, "image", image_weights=WEIGHTS)
+    assert expected != pytest.approx(numpy_loss(model, "image"), rel=0.05)
+    dataset = tf.data.Dataset.from_tensors((IMAGES, TRUTH, WEIGHTS))
+    arrays = {"batch_size": 3, "verbose": 0}
+    history = model.fit(
+        IMAGES,
+        TRUTH,
+        sample_weight=WEIGHTS,
+        validation_data=(IMAGES, TRUTH, WEIGHTS),
+        validation_batch_size=3,
+        **arrays,
+    ).history
+    found = {
+        "fit": history["loss"][0],
+        "validation": history["val_loss"][0],
+        "fit on a dataset": model.fit(dataset, verbose=0).history["loss"][0],
+        "evaluate": model.evaluate(IMAGES, TRUTH, sample_weight=WEIGHTS, return_dict=True, **arrays)["loss"],
+        "evaluate on a dataset": model.evaluate(dataset, verbose=0, return_dict=True)["loss"],
+        "train_on_batch": model.train_on_batch(IMAGES, TRUTH, WEIGHTS, return_dict=True)["loss"],
+        "test_on_batch": model.test_on_batch(IMAGES, TRUTH, WEIGHTS, return_dict=True)["loss"],
+        "compute_loss": float(model.compute_loss(IMAGES, TRUTH, model(IMAGES), WEIGHTS)),
+    }
+    assert found == pytest.approx(dict.fromkeys(found, expected), rel=1e-4)
+
+
+def test_boxes_and_labels_may_have_weights_of_their_own(small_model):
+    model = lively(small_model())
+    model.compile()
+    weights = {"boxes": np.float32([0, 1, 1]), "labels": np.float32([1, 0, 1])}
+    outputs = model(IMAGES)
+    found, plain, first, second = (
+        np.array(model.loss_terms(IMAGES, TRUTH, outputs, given))
+        for given in (weights, None, np.float32([1, 0, 0]), np.float32([0, 1, 0]))
+    )
+    assert first[1] > 0 and second[0] > 0
+    np.testing.assert_allclose(found, plain - [second[0], first[1], 0, 0], rtol=1e-5)
+
+
 def test_no_boxes_at_all(small_model):
     model = lively(small_model())
     model.compile()
@@ -281,7 +323,7 @@ def test_a_keras_box_loss(small_model):
 # Training
 
 
-def textbook_gradients(model, normalizer):
+def textbook_gradients(model, normalizer, image_weights=1.0):
     """A tape over the loss as a textbook writes it, with one-hot targets."""
     class_targets, box_targets = targets.assign(anchor_boxes(64, 64), TRUTH["boxes"], TRUTH["labels"])
     one_hot = tf.one_hot(class_targets, model.num_classes)
@@ -296,6 +338,7 @@ def textbook_gradients(model, normalizer):
         error = tf.abs(outputs["deltas"] - box_targets)
         smooth = tf.where(error < 0.11, error**2 / 0.22, error - 0.055)
         per_image = tf.reduce_sum(focal * used[..., None], [1, 2]) + tf.reduce_sum(smooth * positive[..., None], [1, 2])
+        per_image *= image_weights
         count = tf.reduce_sum(positive, 1)
         if normalizer == "image":
             loss = tf.reduce_mean(per_image / tf.maximum(count, 1.0))
@@ -306,12 +349,14 @@ def textbook_gradients(model, normalizer):
     return [g.numpy() for g in tape.gradient(loss, model.trainable_variables)]
 
 
-@pytest.mark.parametrize("normalizer", ["image", "minibatch"])
-def test_gradients_are_the_textbooks(small_model, normalizer):
+@pytest.mark.parametrize("normalizer, image_weights", [("image", None), ("image", WEIGHTS), ("minibatch", WEIGHTS)])
+def test_gradients_are_the_textbooks(small_model, normalizer, image_weights):
     model = lively(small_model())
     model.compile(keras.optimizers.SGD(1.0), normalizer=normalizer)
-    before, expected, loss = weights(model), textbook_gradients(model, normalizer), numpy_loss(model, normalizer)
-    logs = model.train_on_batch(IMAGES, TRUTH, return_dict=True)
+    factor = 1.0 if image_weights is None else image_weights
+    expected, loss = textbook_gradients(model, normalizer, factor), numpy_loss(model, normalizer, image_weights=factor)
+    before = weights(model)
+    logs = model.train_on_batch(IMAGES, TRUTH, image_weights, return_dict=True)
     assert logs["loss"] == pytest.approx(loss, rel=1e-4)  # of before the step
     for variable, old, new, gradient in zip(model.trainable_variables, before, weights(model), expected, strict=True):
         assert np.abs(gradient).max() > 0, variable.path
@@ -360,6 +405,9 @@ def test_mining_trains_on_the_hardest_anchors_alone(small_model, ratio, jit_comp
         chosen = reference.ohem(each, anchors, classes >= 0, classes != -2, 20, 0.5, ratio)
         assert ratio or chosen.sum() == 20
         expected.append(each[chosen].sum() / max((classes >= 0).sum(), 1))
+    weighted = model.test_on_batch(IMAGES, TRUTH, WEIGHTS, return_dict=True)
+    assert weighted["classification_loss"] == pytest.approx(np.mean(WEIGHTS * expected), rel=1e-4)
+    model.reset_metrics()
     logs = model.train_on_batch(IMAGES, TRUTH, return_dict=True)
     assert logs["classification_loss"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert logs["classification_loss"] < 0.9 * unmined["classification_loss"]
@@ -396,8 +444,9 @@ def test_fit_lowers_the_loss(small_model):
 def test_xla_takes_the_same_step(small_model):
     model = lively(small_model())
     model.compile(keras.optimizers.SGD(0.01), jit_compile=True)
-    before, gradients, loss = weights(model), textbook_gradients(model, "image"), numpy_loss(model, "image")
-    assert model.train_on_batch(IMAGES, TRUTH, return_dict=True)["loss"] == pytest.approx(loss, rel=1e-4)
+    before, gradients = weights(model), textbook_gradients(model, "image", WEIGHTS)
+    loss = numpy_loss(model, "image", image_weights=WEIGHTS)
+    assert model.train_on_batch(IMAGES, TRUTH, WEIGHTS, return_dict=True)["loss"] == pytest.approx(loss, rel=1e-4)
     for old, new, gradient in zip(before, weights(model), gradients, strict=True):
         np.testing.assert_allclose(new, old - 0.01 * gradient, atol=1e-5)
 
@@ -514,9 +563,63 @@ def test_other_bad_arguments(small_model):
     model = small_model()
     with pytest.raises(ValueError, match='normalizer: expected "image" or "minibatch", got \'batch\''):
         model.compile(normalizer="batch")
-    for shape in ((64, 64, 3), (1, 64, 64), (1, 64, 64, 4)):
+    for shape in ((64, 64, 3), (1, 64, 64), (1, 64, 64, 4), (1, 0, 64, 3)):
         with pytest.raises(ValueError, match="images: expected RGB images"):
             model.detect(np.zeros(shape, "uint8"))
+
+
+@pytest.mark.parametrize("name, value, instead", [
+    ("loss", "mse", "name classification_loss, box_loss, or both"),
+    ("loss", {"logits": keras.losses.BinaryCrossentropy()}, "name classification_loss, box_loss, or both"),
+    ("loss_weights", [1.0, 2.0], "give box_weight"),
+    ("metrics", ["accuracy"], "add the callback CocoMetrics"),
+    ("weighted_metrics", [keras.metrics.MeanSquaredError()], "add the callback CocoMetrics"),
+])  # fmt: skip
+def test_what_compile_cannot_honor_is_refused(small_model, name, value, instead):
+    model = small_model()
+    with pytest.raises(ValueError, match=f"^{name}: expected None, got .*{instead}"):
+        model.compile("sgd", **{name: value})
+    model.compile("sgd", **{name: None})
+    model.train_on_batch(IMAGES, TRUTH)
+
+
+def test_unknown_arguments_of_compile(small_model):
+    with pytest.raises(TypeError, match="normaliser"):
+        small_model().compile("sgd", normaliser="image")
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        return IMAGES, TRUTH
+
+
+def test_class_weight_is_refused(small_model):
+    model = small_model()
+    model.compile("sgd")
+    for train in (
+        lambda **given: model.fit(IMAGES, TRUTH, **given),
+        lambda **given: model.fit(Batches(), **given),
+        lambda **given: model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH)), **given),
+        lambda **given: model.train_on_batch(IMAGES, TRUTH, **given),
+    ):
+        with pytest.raises(ValueError, match="class_weight: expected None, got {0: 2.0}.*sample_weight"):
+            train(class_weight={0: 2.0})
+
+
+@pytest.mark.parametrize("given", [
+    WEIGHTS[:, None], np.ones((3, 2), "float32"), {"labels": WEIGHTS}, {"labels": WEIGHTS, "boxes": TRUTH["boxes"]},
+])  # fmt: skip
+def test_weights_that_are_not_of_images_are_refused(small_model, given):
+    model = small_model()
+    model.compile("sgd")
+    for run in (model.train_on_batch, model.test_on_batch):
+        with pytest.raises(ValueError, match="sample_weight: expected one weight for each image"):
+            run(IMAGES, TRUTH, given)
+    with pytest.raises(ValueError, match="sample_weight: expected one weight for each image"):
+        model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH, given)), verbose=0)
 
 
 # The names others call

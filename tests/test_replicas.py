@@ -45,7 +45,8 @@ def check_equal(folder, replicas, **settings):
     ("norm", "normalizer"), [pytest.param("frozen", "minibatch", marks=pytest.mark.slow), ("group", "image")]
 )
 def test_two_replicas_train_as_one(tmp_path, norm, normalizer):
-    check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False)
+    """With weights of the images."""
+    check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False, weighted=True)
 
 
 @pytest.mark.slow

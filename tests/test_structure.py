@@ -21,7 +21,7 @@ TABLE = (
     ("nms",),
     ("losses",),
     ("mining", "anchors", "targets", "detections"),
-    ("objective",),
+    ("objective", "fit_arguments"),
     ("backbone", "pyramid", "subnets"),
     ("pretrained",),
     ("optimizers",),

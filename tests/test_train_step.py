@@ -1,11 +1,11 @@
-"""The step on TensorFlow: what it logs, refuses and leaves out, and mixed precision."""
+"""The step on TensorFlow: what it logs, refuses and leaves out, Keras's ways to run it, and mixed precision."""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from retinanet_keras import optimizers
+from retinanet_keras import losses, optimizers
 from retinanet_keras.config import TrainConfig
 
 
@@ -17,7 +17,8 @@ def batch():
 
 
 def compiled(small_model, optimizer=None, **settings):
-    of_compile = {name: settings.pop(name) for name in ("normalizer", "check_finite") if name in settings}
+    names = ("normalizer", "check_finite", "run_eagerly", "steps_per_execution", "auto_scale_loss")
+    of_compile = {name: settings.pop(name) for name in names if name in settings}
     model = small_model(**settings)
     model.compile(optimizer or optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
     return model
@@ -128,3 +129,55 @@ def test_the_optimizer_of_a_configuration_takes_the_step(small_model):
         kind = variable.path.rsplit("/", 1)[-1]
         gradient = gradient.numpy() + (1e-4 * old if kind == "kernel" else gradient.numpy() if kind == "bias" else 0)
         np.testing.assert_allclose(variable.numpy(), old - 0.01 * gradient, atol=2e-7, err_msg=variable.path)
+
+
+def test_several_steps_per_execution_are_the_same_steps(small_model):
+    """Seven, by three."""
+    data = tf.data.Dataset.from_tensors(batch()).repeat(7)
+    ends = []
+    for steps in (1, 3):
+        model = compiled(small_model, norm="batch", steps_per_execution=steps, check_finite=True)
+        calls = []
+        count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, calls=calls: calls.append(batch))
+        logged = model.fit(data, callbacks=[count], verbose=0).history
+        assert len(calls) == -(-7 // steps) and model.optimizer.iterations == 7
+        ends.append([*logged.values(), model.evaluate(data, verbose=0), *(v.numpy() for v in model.weights)])
+    for by_one, by_three in zip(*ends, strict=True):
+        np.testing.assert_allclose(by_one, by_three, rtol=1e-5, atol=1e-6)
+
+
+def test_run_eagerly_runs_the_loss_as_python_at_every_step(small_model):
+    images, truth = batch()
+    expected = compiled(small_model).train_on_batch(images, truth, return_dict=True)
+    seen = []
+
+    def focal(targets, logits):
+        seen.append(tf.executing_eagerly())
+        return losses.FocalLoss().call(targets, logits)
+
+    model = small_model()
+    model.compile(optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), focal, run_eagerly=True)
+    assert model.train_on_batch(images, truth, return_dict=True) == pytest.approx(expected, rel=1e-4)
+    calls = len(seen)
+    model.train_on_batch(images, truth)
+    assert calls and len(seen) == 2 * calls and all(seen)
+    with pytest.raises(ValueError, match='jit_compile: expected False or "auto" with run_eagerly=True, got True'):
+        model.compile("sgd", run_eagerly=True, jit_compile=True)
+
+
+def test_how_keras_runs_a_model_is_saved_with_it(small_model, tmp_path):
+    model = compiled(small_model, run_eagerly=True, steps_per_execution=3)
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert again.run_eagerly and again.steps_per_execution == 3
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_auto_scale_loss(small_model, tmp_path, scaled):
+    model = compiled(small_model, dtype="mixed_float16", auto_scale_loss=scaled)
+    model.train_on_batch(*batch())
+    model.save(tmp_path / "model.keras")
+    for one in (model, keras.models.load_model(tmp_path / "model.keras")):
+        assert isinstance(one.optimizer, keras.optimizers.LossScaleOptimizer) == scaled
+        assert one.optimizer.iterations == 1

@@ -23,7 +23,7 @@ RATIOS = ((1 / 3, 1, 3), (0.25, 0.5, 1, 2, 4), (0.125, 0.25, 0.5, 1, 2, 4, 8))
 def best_iou(boxes, canvases, config):
     """The IoU of each box with the anchor nearest to it in IoU, exactly, without listing all anchors.
 
-    Of the anchors of one level and shape, the one whose centre is nearest in x and in y overlaps a box most.
+    Of the anchors of one level and shape, the one whose center is nearest in x and in y overlaps a box most.
 
     Args:
         boxes: float [M, 4], x1, y1, x2, y2 in network pixels.
@@ -33,13 +33,15 @@ def best_iou(boxes, canvases, config):
     Returns:
         float32 [M].
     """
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2  # [M, 2], x, y
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # [M, 2], x, y
+    sides = canvases[:, ::-1]  # [M, 2], width, height
     nearest = []
     for stride in anchors.strides(config):
-        cells = np.stack(anchors.grid(canvases[:, 1], canvases[:, 0], stride), axis=1)  # [M, 2], columns, rows
-        cell = np.clip(centres // stride, 0, cells - 1)  # [M, 2]
-        centre = np.tile((cell + 0.5) * stride, 2)[:, None]  # [M, 1, 4]
-        nearest.append(centre + anchors.cell_anchors(stride, config))  # [M, a, 4]
+        cells = np.stack(anchors.grid(*sides.T, stride), axis=1)  # [M, 2], columns, rows
+        spacing = np.asarray(anchors.spacing(sides, cells, stride, config))  # [M, 2] or []
+        cell = np.clip(np.round(centers / spacing - config.offset), 0, cells - 1)  # [M, 2]
+        center = np.tile(np.asarray(anchors.cell_centers(cell, spacing, config)), 2)[:, None]  # [M, 1, 4]
+        nearest.append(center + anchors.cell_anchors(stride, config))  # [M, a, 4]
     nearest = np.concatenate(nearest, axis=1).astype(np.float32)  # [M, 5a, 4]
     overlap = box_ops.iou(boxes[:, None].astype(np.float32), nearest)  # [M, 1, 5a]
     return np.asarray(overlap).max(axis=(1, 2), initial=0)

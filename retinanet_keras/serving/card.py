@@ -51,7 +51,10 @@ def describe(model, config, precision=None, metrics=None, run=True):
             **{name: settings[name] for name in names},
         },  # fmt: skip
         "inputs": {
-            "serving_default": {"images": "uint8 [B, H, W, 3], RGB, any B from 1, any H and W"},
+            "serving_default": {
+                "images": "uint8 [B, H, W, 3], RGB, any B, 0 included, any H and W from 1. Images without pixels fail "
+                "with INVALID_ARGUMENT"
+            },
             "serving_bytes": {
                 "image_bytes": "string [B], JPEG, PNG, GIF (its first frame), BMP or still WebP, each of any size up "
                 f"to {config.serving.max_pixels:,} pixels; EXIF rotation and transparency are ignored. What cannot be "

@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from retinanet_keras import detections
 from retinanet_keras.data import augmentation, pipeline, sources
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.serving import card, headers, inference, warmup
@@ -114,7 +115,7 @@ def search_function(model, config, precision=None, resize=augmentation.resize):
             "num_detections": found["count"],
         }
 
-    return search
+    return detections.for_any_batch(search)
 
 
 def versions(folder):
