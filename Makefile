@@ -2,11 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-backends lint lock clean
+.PHONY: demo test test-slow test-kernels test-backends lint lock clean
 
 # Tests of one file share what they build; tracing graphs keeps one core busy.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 MATHS := $(patsubst %,tests/test_%.py,boxes nms losses mining anchors targets detections properties subnets backends)
+
+KERNELS := $(patsubst %,tests/test_%.py,boxes nms losses mining targets detections subnets optimizers backbone model \
+	train_step export export_elsewhere)
 
 demo: .venv/installed
 	@echo "== Training on generated shapes with configs/shapes.json (about 6 minutes on two CPU cores)"
@@ -28,6 +31,13 @@ test-backends: .venv-backends/installed
 	@for backend in tensorflow jax torch; do \
 		echo "== The maths, the model and fit on $$backend"; \
 		KERAS_BACKEND=$$backend .venv-backends/bin/python -m pytest -m "not slow" $(PARALLEL) $(MATHS) || exit 1; \
+	done
+
+# The numerics, the backbone, the export and the train step with either set of TensorFlow's kernels for CPUs.
+test-kernels: .venv/installed
+	@for onednn in 0 1; do \
+		echo "== Tests with TF_ENABLE_ONEDNN_OPTS=$$onednn"; \
+		TF_ENABLE_ONEDNN_OPTS=$$onednn $(BIN)/python -m pytest $(PARALLEL) $(KERNELS) || exit 1; \
 	done
 
 lint: .venv/installed

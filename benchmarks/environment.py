@@ -67,7 +67,7 @@ def training_steps(name, folder, bccd):
     model = build_model(config, train_set.categories, None)
     model.optimizer.build(model.trainable_variables)
     step = tf.function(model.train_step, reduce_retracing=True)
-    batches = iter(Stream(train_set, config).batches(0, None))
+    batches = iter(Stream(train_set, config).batches(0, None, (0, 1), 1))
     return lambda: float(step(next(batches))["loss"])
 
 

@@ -27,6 +27,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # a Python that has torch need 
 
 from turns import Process, judge, tell
 
+from retinanet_keras import runtime
+
 SIZES = ("512x512", "800x1344")
 CLASSES = 80
 WARM_UP = 3
@@ -279,7 +281,8 @@ def alone(*arguments):
     process, messages = Process(__file__, *arguments), []
     while (message := process.hear()) is not None:
         messages.append(message)
-    said = process.end()
+    said = process.last_errors()
+    process.end()
     if not messages:
         raise RuntimeError(f"{arguments} failed:\n{said}")
     return messages
@@ -297,7 +300,8 @@ def compare(size, folder, rounds, torch):
             process = Process(__file__, name, size, folder, python=python, **variables)
             started[name] = process.hear()
             if started[name] is None:
-                said = process.end()
+                said = process.last_errors()
+                process.end()
                 if name not in (TORCH, TORCH16):
                     raise RuntimeError(f"{name} ended early:\n{said}")
                 print(f"\n{name} is left out: {said.strip().splitlines()[-1]}")

@@ -32,7 +32,7 @@ class Process:
         message = self.hear()
         if message is None:
             self.child.wait()
-            raise RuntimeError(f"{self.arguments} ended early ({self.child.returncode}):\n{self.end()}")
+            raise RuntimeError(f"{self.arguments} ended early ({self.child.returncode}):\n{self.last_errors()}")
         return message
 
     def go_on(self):
@@ -41,14 +41,14 @@ class Process:
         self.child.stdin.flush()
         return self.expect()
 
+    def last_errors(self):
+        self.errors.seek(0)
+        return self.errors.read()[-4000:]
+
     def end(self):
-        """Stop it; its last errors."""
         self.child.kill()
         self.child.communicate()
-        self.errors.seek(0)
-        said = self.errors.read()[-4000:]
         self.errors.close()
-        return said
 
 
 def tell(**message):

@@ -166,7 +166,46 @@ def test_a_grouped_convolution_is_the_same_either_way(stride, padding, jit):
         expected = np.einsum("bhwcij,ijcd->bhwd", windows[:, ::stride, ::stride], kernel[..., mine])
         np.testing.assert_allclose(found[False][0][..., mine], expected, atol=1e-5)
     for whole, split in zip(found[False], found[True], strict=True):
-        np.testing.assert_allclose(whole, split, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(whole, split, atol=1e-5 * np.abs(split).max())
+    # The derivative of sum(y^2) by the kernel, in NumPy, of the last group.
+    by_kernel = 2 * np.einsum("bhwcij,bhwd->ijcd", windows[:, ::stride, ::stride], found[False][0][..., mine])
+    np.testing.assert_allclose(found[False][2][..., mine], by_kernel, atol=1e-5 * np.abs(by_kernel).max())
+
+
+def test_a_grouped_convolution_is_split_only_where_tensorflow_has_no_gradient_of_it():
+    """Asked by trying it, also while a graph is traced."""
+    x, kernel = tf.ones((1, 5, 5, 4)), tf.Variable(tf.ones((3, 3, 2, 4)))
+
+    @tf.function
+    def exists_in_a_graph():
+        return tf.constant(backbones._grouped_gradients_exist())
+
+    backbones._grouped_gradients_exist.cache_clear()
+    exists = bool(exists_in_a_graph())
+    assert exists == backbones._grouped_gradients_exist()
+    with tf.GradientTape() as tape:
+        y = tf.reduce_sum(tf.nn.conv2d(x, kernel, 1, "SAME"))
+    try:
+        tape.gradient(y, kernel)
+        differentiable = True
+    except tf.errors.InvalidArgumentError:
+        differentiable = False
+    assert exists == differentiable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_step_of_resnext(jit):
+    """Its convolutions have 32 groups; every weight that is trained moves."""
+    keras.utils.set_random_seed(0)
+    model = RetinaNet(2, "resnext101_32x8d", width=16, norm="group", fpn_channels=16, head_depth=1)
+    model.compile(keras.optimizers.SGD(0.1), jit_compile=jit)
+    kernels = [v for v in model.trainable_variables if v.path.endswith("conv2/kernel")]
+    before = [v.numpy() for v in kernels]
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype("uint8")
+    truth = {"boxes": np.float32([[[8, 8, 50, 40]]]), "labels": np.array([[1]])}
+    assert np.isfinite(model.train_on_batch(images, truth)).all()
+    assert len(kernels) == 33 and all((a != b.numpy()).any() for a, b in zip(before, kernels, strict=True))
 
 
 def test_the_epsilon_is_that_of_every_norm():

@@ -259,6 +259,24 @@ def test_a_keras_backbone_runs_as_it_is(tmp_path):
     assert_same(first(detect(picture(SIZES[0])[None])), own_path(net, picture(SIZES[0])))
 
 
+@pytest.mark.parametrize(("precision", "ratio"), [("bfloat16", 2.5), ("bfloat16", 0.5), ("float32", 2.5)])
+def test_a_slower_precision_is_told_by_what_was_timed(model, tmp_path, monkeypatch, caplog, precision, ratio):
+    monkeypatch.setattr(inference, "bfloat16_time", lambda: ratio)
+
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(export, "signatures", stop)
+    with pytest.raises(InterruptedError):  # before anything is written
+        export.export_model(model, CONFIG, tmp_path, precision=precision)
+    told = "bfloat16 takes 2.5 times as long as in float32 on this machine" in caplog.text
+    assert told == (precision == "bfloat16" and ratio > 1)
+
+
+def test_bfloat16_is_timed_against_float32():
+    assert 0.05 < inference.bfloat16_time(side=128, turns=2) < 500
+
+
 def test_bfloat16_is_an_export_of_half_the_size_with_nearly_the_same_scores(model, saved, tmp_path):
     small = export.export_model(model, CONFIG, tmp_path, precision="bfloat16")
     image = picture(SIZES[0])[None]

@@ -193,6 +193,27 @@ def test_adamw_decays_kernels_only():
         np.testing.assert_allclose(new, old * (1 - 0.5 * 0.1 / 3) if name == "kernel" else old, rtol=1e-5)
 
 
+def test_adamw_equals_numpy():
+    """Five steps, against float64, with a penalty on kernels only."""
+    model = a_model()
+    expected, steps = values(model), gradients(model, 5)
+    decayed = [name == "kernel" for name in names(model)]
+    optimizer = optimizers.AdamW(0.1, weight_decay=0.5)
+    apply(optimizer, model, steps)
+    first, second = ([np.zeros(v.shape) for v in expected] for _ in range(2))
+    for t, step in enumerate(steps, start=1):
+        for i, gradient in enumerate(step):
+            gradient = gradient.astype("float64")
+            expected[i] = expected[i] * (1 - 0.1 * 0.5 * decayed[i])
+            first[i] = 0.9 * first[i] + 0.1 * gradient
+            second[i] = 0.999 * second[i] + 0.001 * gradient**2
+            mean, square = first[i] / (1 - 0.9**t), second[i] / (1 - 0.999**t)
+            # Keras adds its epsilon before the correction of the second moment.
+            expected[i] -= 0.1 * mean / (np.sqrt(square) + 1e-7 / np.sqrt(1 - 0.999**t))
+    for found, value in zip(values(model), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+
+
 def test_the_norm_of_the_whole_gradient_is_clipped():
     model = a_model()
     before = values(model)

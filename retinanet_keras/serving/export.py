@@ -1,6 +1,7 @@
 """A model as a SavedModel that takes images as they are: resize, anchors, decoding and NMS are in the graph."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from retinanet_keras.data import augmentation, pipeline, sources
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.serving import card, headers, inference, warmup
 
+logger = logging.getLogger("retinanet_keras")
 CATEGORIES_FILE = card.EXTRA / "categories.json"
 
 
@@ -33,6 +35,12 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
     Returns:
         the path of the SavedModel.
     """
+    if tf.as_dtype(precision or model.compute_dtype) == tf.bfloat16 and (ratio := inference.bfloat16_time()) > 1:
+        logger.warning(
+            "A matrix product in bfloat16 takes %.1f times as long as in float32 on this machine, which has just timed "
+            "both: here the export will be slower than one in float32. It is right for a machine whose processor "
+            "computes bfloat16 itself (avx512_bf16 or amx_bf16 in /proc/cpuinfo, or a GPU)", ratio,
+        )  # fmt: skip
     folder = Path(folder)
     if version is None:
         version = max(versions(folder), default=0) + 1

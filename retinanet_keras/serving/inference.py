@@ -10,6 +10,7 @@ The model itself is left as it is; training goes on with its own weights.
 """
 
 import dataclasses
+import time
 
 import keras
 import numpy as np
@@ -33,6 +34,20 @@ def detect_function(model, precision=None):
     """
     network, decode = halves(model, precision)
     return lambda images, sizes: decode(network(images, sizes), images, sizes)
+
+
+def bfloat16_time(side=1024, turns=5):
+    """How long a bfloat16 matrix product takes on this machine, as a multiple of a float32 one: above 1 is slower."""
+    seconds = []
+    for dtype in (tf.float32, tf.bfloat16):
+        a = tf.ones((side, side), dtype)
+        taken = []
+        for _ in range(turns):
+            start = time.perf_counter()
+            tf.matmul(a, a).numpy()
+            taken.append(time.perf_counter() - start)
+        seconds.append(min(taken))
+    return seconds[1] / seconds[0]
 
 
 def halves(model, precision=None):

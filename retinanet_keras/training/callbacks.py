@@ -59,6 +59,7 @@ class Log(keras.callbacks.Callback):
         self.bar = tqdm(
             total=self.total, initial=checkpoints.step, desc="Training", unit="step", dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
         )  # fmt: skip
         self.writer = tf.summary.create_file_writer(str(folder.tensorboard))
         self.produced = collections.deque()  # when each element of the input pipeline was ready; one a replica and step
