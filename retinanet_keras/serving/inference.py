@@ -2,8 +2,9 @@
 
 - Batch normalisation is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
   conv, its bias and the ReLU after it then are one kernel.
-- The kernels of most of the work are constants, which oneDNN lays out once for its own use. Those of res4, res5, P6 and
-  P7, three quarters of a ResNet-50's, stay variables: little time would be won, and loading would take longer.
+- The kernels of most of the work are constants, which oneDNN lays out once for its own use; of a single image it computes
+  convolutions by variables in another way, which without AVX-512 takes up to three times as long. The late ones, with
+  many weights and little work each, stay variables: a constant takes many times its size in memory, and time to load.
 - Padding is the convs' own, levels are never joined, and the sigmoid is of survivors only.
 
 The model itself is left as it is; training goes on with its own weights.
@@ -18,7 +19,7 @@ import tensorflow as tf
 
 from retinanet_keras import anchors, detections
 
-EARLY = ("stem", "res2", "res3", "res4")
+CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before res5
 
 
 def detect_function(model, precision=None):
@@ -87,11 +88,11 @@ def _backbone(model, dtype):
     if not model.own_backbone:
         return lambda x: {name: tf.cast(c, dtype) for name, c in net(x, training=False).items()}
     norms = {id(layer.input): layer for layer in net.layers if isinstance(layer, keras.layers.BatchNormalization)}
-    convs = {
-        layer.name: _Conv(layer, dtype, norms.get(id(layer.output)), constant=layer.name.startswith(EARLY))
-        for layer in net.layers
-        if isinstance(layer, keras.layers.Conv2D)
-    }
+    convs, weights = {}, 0
+    for layer in net.layers:  # from the images on, and so the ones with most work for each weight first
+        if isinstance(layer, keras.layers.Conv2D):
+            weights += layer.count_params()
+            convs[layer.name] = _Conv(layer, dtype, norms.get(id(layer.output)), constant=weights <= CONSTANTS)
 
     def run(layer, inputs):
         if layer.name in convs:
