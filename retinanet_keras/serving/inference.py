@@ -2,9 +2,9 @@
 
 - Batch normalisation is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
   conv, its bias and the ReLU after it then are one kernel.
-- The kernels of most of the work are constants, which oneDNN lays out once for its own use; of a single image it computes
-  convolutions by variables in another way, which without AVX-512 takes up to three times as long. The late ones, with
-  many weights and little work each, stay variables: a constant takes many times its size in memory, and time to load.
+- The kernels of most of the work are constants, which oneDNN lays out once for its own use. By variables it convolves
+  a single image in another way, which without AVX-512 takes up to three times as long. The late ones, with many weights
+  and little work each, stay variables: a constant takes many times its size in memory, and time to load.
 - Padding is the convs' own, levels are never joined, and the sigmoid is of survivors only.
 
 The model itself is left as it is; training goes on with its own weights.
