@@ -35,16 +35,34 @@ def check_equal(folder, replicas, **settings):
     one, before, expected = trained(folder, **settings)
     many, _, found = trained(folder, replicas=replicas, **settings)
     assert largest(before, expected) > 1e-2  # they moved
-    assert largest(expected, found) < 1e-5
+    assert largest(expected, found) < (1e-6 if settings.get("smooth") else 1e-5)
+    assert many["norms"] == pytest.approx(one["norms"], rel=1e-4)  # of each step's gradient, before clipping
     for name, value in one["logs"].items():
         assert many["logs"][name] == pytest.approx(value, rel=1e-4), name
     return one, many
 
 
-@pytest.mark.parametrize(
-    ("norm", "normalizer"), [pytest.param("frozen", "minibatch", marks=pytest.mark.slow), ("group", "image")]
-)
-def test_two_replicas_train_as_one(tmp_path, norm, normalizer):
+# Proof that the step is that of one device takes a model without thresholds (`replicas.without_thresholds`): with
+# ReLUs, whether a run stays within 1e-5 is up to the processor's kernels and the seed. Weights differ by 1e-8 to 1e-7
+# until a ReLU's input comes within rounding of 0. On a two-core AMD EPYC one of res3_1_out did at step 4: 0 in a batch
+# of 16 images, 1.8e-7 in batches of 4, and after step 5 the weights differed by 3e-6, but with batches of 2 by 6e-8.
+# With all signs as in the batch of 16 it was 3e-8; with the ReLUs in float64, 2e-16.
+
+
+def test_two_replicas_train_as_one(tmp_path):
+    one, _ = check_equal(tmp_path, 2, norm="group", jit=False, smooth=True, clip_norm=0.31)
+    assert min(one["norms"]) < 0.31 < max(one["norms"])  # some steps were clipped, some were not
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replicas", "normalizer"), [(2, "minibatch"), (4, "image"), (4, "minibatch"), (8, "image")])
+def test_more_replicas_train_as_one(tmp_path, replicas, normalizer):
+    check_equal(tmp_path, replicas, norm="group", normalizer=normalizer, jit=False, smooth=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "normalizer"), [("frozen", "minibatch"), ("group", "image")])
+def test_two_replicas_with_relu_train_as_one(tmp_path, norm, normalizer):
     check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False)
 
 
