@@ -46,7 +46,7 @@ def check_equal(folder, replicas, **settings):
 # ReLUs, whether a run stays within 1e-5 is up to the processor's kernels and the seed. Weights differ by 1e-8 to 1e-7
 # until a ReLU's input comes within rounding of 0. On a two-core AMD EPYC one of res3_1_out did at step 4: 0 in a batch
 # of 16 images, 1.8e-7 in batches of 4, and after step 5 the weights differed by 3e-6, but with batches of 2 by 6e-8.
-# With all signs as in the batch of 16 it was 3e-8; with the ReLUs in float64, 2e-16.
+# With all signs as in the batch of 16 they differed by 3e-8, and all in float64 by 2e-16.
 
 
 def test_two_replicas_train_as_one(tmp_path):
