@@ -35,18 +35,35 @@ def check_equal(folder, replicas, **settings):
     one, before, expected = trained(folder, **settings)
     many, _, found = trained(folder, replicas=replicas, **settings)
     assert largest(before, expected) > 1e-2  # they moved
-    assert largest(expected, found) < 1e-5
+    assert largest(expected, found) < (1e-6 if settings.get("smooth") else 1e-5)
+    assert many["norms"] == pytest.approx(one["norms"], rel=1e-4)  # of each step's gradient, before clipping
     for name, value in one["logs"].items():
         assert many["logs"][name] == pytest.approx(value, rel=1e-4), name
     return one, many
 
 
-@pytest.mark.parametrize(
-    ("norm", "normalizer"), [pytest.param("frozen", "minibatch", marks=pytest.mark.slow), ("group", "image")]
-)
-def test_two_replicas_train_as_one(tmp_path, norm, normalizer):
+# That the step is that of one device can be proven on a model without thresholds (`replicas.without_thresholds`). With
+# ReLUs, whether a run stays within 1e-5 is up to the processor's kernels and the seed: where an input of a ReLU is
+# within rounding of 0, it may be open for one split of the batch and not for another. Seen on an AMD EPYC without
+# AVX-512, in 5 steps: 3e-6 after one such sign, 3e-8 with all signs as in the undivided batch, 2e-16 in float64.
+
+
+def test_two_replicas_train_as_one(tmp_path):
     """With weights of the images."""
-    check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False, weighted=True)
+    one, _ = check_equal(tmp_path, 2, norm="group", jit=False, smooth=True, clip_norm=0.31, weighted=True)
+    assert min(one["norms"]) < 0.31 < max(one["norms"])  # some steps were clipped, some were not
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replicas", "normalizer"), [(2, "minibatch"), (4, "image"), (4, "minibatch"), (8, "image")])
+def test_more_replicas_train_as_one(tmp_path, replicas, normalizer):
+    check_equal(tmp_path, replicas, norm="group", normalizer=normalizer, jit=False, smooth=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "normalizer"), [("frozen", "minibatch"), ("group", "image")])
+def test_two_replicas_with_relu_train_as_one(tmp_path, norm, normalizer):
+    check_equal(tmp_path, 2, norm=norm, normalizer=normalizer, jit=False)
 
 
 @pytest.mark.slow
