@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kernels test-backends lint lock clean
+.PHONY: demo check test test-slow test-kernels test-backends lint lock clean
 
 # Tests of one file share what they build; tracing graphs keeps one core busy.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Files that have the marker `check`; to add one, mark it. The others are not even imported.
+QUICK := $(shell grep --files-with-matches "^pytestmark = pytest.mark.check" tests/test_*.py)
 MATHS := $(patsubst %,tests/test_%.py,boxes nms losses mining anchors targets detections properties subnets backends)
 
 KERNELS := $(patsubst %,tests/test_%.py,boxes nms losses mining targets detections subnets optimizers backbone model \
@@ -19,12 +21,19 @@ demo: .venv/installed
 		data/shapes/images/test_000000.jpg data/shapes/images/test_000001.jpg data/shapes/images/test_000002.jpg \
 		--to runs/shapes/detected
 
+# While writing: the maths, the configuration and the rules for data, without any training.
+check: lint
+	@echo "== Quick tests, under a minute (all: make test)"
+	$(BIN)/python -m pytest -m "check and not slow" $(PARALLEL) $(QUICK)
+
+# For a change to be accepted: everything a user can do, once.
 test: .venv/installed
-	@echo "== Tests (the longer ones: make test-slow)"
+	@echo "== Tests, under 8 minutes on two cores (the longer ones: make test-slow)"
 	$(BIN)/python -m pytest $(PARALLEL)
 
+# Before a release: whole trainings, kills, replicas under XLA, every released model, and the rarer variants of the rest.
 test-slow: .venv/installed
-	@echo "== The longer tests"
+	@echo "== The longer tests, some hours on two cores; before a release"
 	$(BIN)/python -m pytest -m slow
 
 test-backends: .venv-backends/installed

@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import copy
+import sys
 
 import pytest
 
@@ -18,6 +19,22 @@ def forget_graphs():
     import keras
 
     keras.backend.clear_session()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def train_nothing(request):
+    """A detector that is trained in a file marked `check` fails its test: `make check` has to stay quick."""
+    model = sys.modules.get("retinanet_keras.model")
+    if not model or not request.node.get_closest_marker("check"):
+        yield
+        return
+
+    def train_step(*_):
+        pytest.fail("This test trains a detector: move it to a file without the marker `check`.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.RetinaNet, "train_step", train_step)
+        yield
 
 
 @pytest.fixture(scope="session")

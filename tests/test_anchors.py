@@ -12,6 +12,8 @@ from keras import ops
 from retinanet_keras.anchors import LEVELS, STRIDES, anchor_boxes, cell_anchors, level_sizes
 from retinanet_keras.config import AnchorConfig
 
+pytestmark = pytest.mark.check
+
 
 def all_anchors(height, width, config=AnchorConfig()):  # noqa: B008
     return ops.convert_to_numpy(anchor_boxes(height, width, config))

@@ -12,6 +12,8 @@ from keras import ops
 
 from retinanet_keras import boxes
 
+pytestmark = pytest.mark.check
+
 
 def random_boxes(rng, *shape, size=100.0):
     corners = rng.uniform(0, size, (*shape, 2, 2))

@@ -10,6 +10,8 @@ import pytest
 from retinanet_keras.data import coco
 from retinanet_keras.data.coco import Categories, DataError
 
+pytestmark = pytest.mark.check
+
 
 def tree():
     """Three images, the second without boxes; category ids with gaps and out of order."""

@@ -9,6 +9,8 @@ import pytest
 from retinanet_keras.config import VERSION, Config, config_from_dict, load_config
 from retinanet_keras.settings import ConfigError, describe
 
+pytestmark = pytest.mark.check
+
 ROOT = Path(__file__).parents[1]
 NO_WEIGHTS = {"model": {"weights": None}}
 

@@ -9,6 +9,8 @@ from keras import ops
 from retinanet_keras import detections, nms
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 
+pytestmark = pytest.mark.check
+
 
 def run(logits, deltas, anchors, sizes, height, width, **settings):
     found = detections.decode(

@@ -12,6 +12,8 @@ from keras import ops
 
 from retinanet_keras import losses
 
+pytestmark = pytest.mark.check
+
 LOGITS = np.float64(sorted([*np.linspace(-1000, 1000, 41), *np.linspace(-100, 100, 101), *np.linspace(-0.02, 0.02, 9)]))
 GAMMAS = [0, 0.5, 2, 5]
 ALPHAS = [None, 0.25, 0.75]

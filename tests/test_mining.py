@@ -12,6 +12,8 @@ from keras import ops
 from retinanet_keras import mining
 from retinanet_keras.anchors import anchor_boxes
 
+pytestmark = pytest.mark.check
+
 
 @functools.cache
 def graph(batch_size, ratio, picks):
@@ -113,7 +115,13 @@ TABLE_1D = [(128, 0.7, None), (256, 0.7, None), (512, 0.7, None), (128, 0.5, Non
             (128, 0.5, 3), (256, 0.5, 3), (512, 0.5, 3)]  # fmt: skip
 
 
-@pytest.mark.parametrize("batch_size, nms_iou, ratio", TABLE_1D)
+IN_SHORT = {(128, 0.5, 3), (256, 0.5, None), (512, 0.7, None)}  # each takes XLA seconds to compile
+
+
+@pytest.mark.parametrize(
+    "batch_size, nms_iou, ratio",
+    [row if row in IN_SHORT else pytest.param(*row, marks=pytest.mark.slow) for row in TABLE_1D],
+)
 def test_the_settings_of_table_1d(batch_size, nms_iou, ratio):
     """On the paper's anchors, with losses that stand together as the losses around an object do; XLA."""
     rng = np.random.default_rng(batch_size)
@@ -160,7 +168,7 @@ def test_images_short_of_anchors_or_of_positives(ratio):
         np.testing.assert_array_equal(run(*alone, batch_size=64, nms_iou=0.5, ratio=ratio)[0], chosen[b])
 
 
-@pytest.mark.parametrize("ratio", [None, 3])
+@pytest.mark.parametrize("ratio", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_the_same_eagerly_and_under_xla(ratio):
     settings = {"batch_size": 16, "nms_iou": 0.5, "ratio": ratio}
     jitted = backends.compiled(lambda *args: mining.select(*args, **settings), xla=True)

@@ -10,6 +10,8 @@ from retinanet_keras.results import records
 from retinanet_keras.results.evaluation import coco_metrics, to_results
 from retinanet_keras.results.records import Records
 
+pytestmark = pytest.mark.check
+
 ANIMALS = Categories((3, 90), ("ant", "bee"))
 
 

@@ -156,7 +156,7 @@ def test_a_bar_is_a_step_higher_for_each_tenfold():
 def chromium(page, folder, *options):
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
                f"--user-data-dir={folder}", *options, page.as_uri()]  # fmt: skip
-    return subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=folder).stdout.decode("utf-8")
+    return subprocess.run(command, check=True, capture_output=True, timeout=600, cwd=folder).stdout.decode("utf-8")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on this machine")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.check
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "retinanet_keras"
 
@@ -175,6 +177,13 @@ def test_a_configuration_is_read_without_keras():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", [*(name for name in MATHS if name != "objective"), "config", "data.coco"])
+def test_make_check_has_the_tests_of(name):
+    """The Makefile takes the files that have this line; `objective` is tested where the model is."""
+    text = (ROOT / "tests" / f"test_{name.rpartition('.')[2]}.py").read_text(encoding="utf-8")
+    assert "\npytestmark = pytest.mark.check\n" in text
 
 
 @pytest.mark.parametrize("name", ["train.py", "evaluate.py"])

@@ -12,6 +12,8 @@ from retinanet_keras.anchors import STRIDES, anchor_boxes
 from retinanet_keras.pyramid import FeaturePyramid, LastLayer
 from retinanet_keras.subnets import Subnet
 
+pytestmark = pytest.mark.check
+
 
 def built(layer, shapes):
     layer.build(shapes)

@@ -13,6 +13,8 @@ from retinanet_keras.anchors import anchor_boxes
 from retinanet_keras.config import AnchorConfig
 from retinanet_keras.targets import BACKGROUND, IGNORE, assign
 
+pytestmark = pytest.mark.check
+
 RULES = ("none", "detectron", "all")
 
 
