@@ -20,7 +20,10 @@ def test_shapes(name, channels, norm):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, convs", [("resnet18", 17), ("resnet50", 49), ("resnet101", 100), ("resnet152", 151)])
+@pytest.mark.parametrize(
+    "name, convs",
+    [("resnet18", 17), ("resnet50", 49), ("resnet101", 100), pytest.param("resnet152", 151, marks=pytest.mark.slow)],
+)
 def test_depth(name, convs):
     """The name counts the convolutions and the classifier, not the shortcuts."""
     model = backbones.resnet(name, width=8)
@@ -254,7 +257,7 @@ def of_keras():
     return keras.Model(images, outputs)
 
 
-@pytest.mark.parametrize("make", [of_keras_cv, of_keras_hub, of_keras])
+@pytest.mark.parametrize("make", [pytest.param(of_keras_cv, marks=pytest.mark.slow), of_keras_hub, of_keras])
 def test_a_model_of_another_library_goes_in_as_it_is(make, tmp_path):
     keras.utils.set_random_seed(0)
     model = make()

@@ -1,5 +1,6 @@
 """Released files: the outputs and detections of the frameworks they come from, by `foreign`, which is independent."""
 
+import functools
 import pickle
 
 import foreign
@@ -42,7 +43,12 @@ def write(path, weights):
     return path
 
 
-@pytest.fixture(scope="module", params=FILES)
+SLOW = {"Detectron R101", "Detectron X101", "torchvision v1, older names"}  # of layouts that others are of, too
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FILES]
+)
 def released(request, tmp_path_factory):
     """(kind, weights of `foreign`, the model made of their file)."""
     kind, make, plain, suffix = FILES[request.param]
@@ -57,7 +63,9 @@ def theirs(kind, weights, images):
     return logits[..., foreign.COCO_IDS] if logits.shape[-1] == 91 else logits, deltas
 
 
-@pytest.mark.parametrize("height, width", [(320, 416), (256, 352)])
+@pytest.mark.parametrize("height, width", [
+    (96, 160), pytest.param(320, 416, marks=pytest.mark.slow), pytest.param(256, 352, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_outputs_and_anchors_are_the_frameworks(released, height, width):
     kind, weights, model = released
     images = np.random.default_rng(1).integers(0, 256, (1, height, width, 3)).astype("uint8")
@@ -98,6 +106,14 @@ def test_post_processing_is_the_frameworks(name):
     assert (found["labels"][count:] == -1).all() and not found["boxes"][count:].any()
 
 
+@pytest.mark.parametrize(
+    "released",
+    [
+        name if name in ("Detectron R50", "torchvision v2") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FILES
+    ],
+    indirect=True,
+)
 def test_detections_are_the_frameworks(released):
     """From pixels to boxes, padded as the framework pads, whatever colour the padding given has."""
     kind, weights, model = released
@@ -122,9 +138,8 @@ def test_detections_are_the_frameworks(released):
         assert np.abs(found["boxes"][same] - box).max(axis=1).min() < 0.02
 
 
-@pytest.mark.parametrize(
-    "released", ["Detectron R50", pytest.param("torchvision v2", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("released", ["Detectron R50", "torchvision v2"], indirect=True)
 def test_the_model_can_be_saved_and_trained(released, tmp_path):
     """Detections after saving are the same, and so are the parts that are frozen."""
     _, _, model = released
@@ -149,7 +164,7 @@ def test_the_model_can_be_saved_and_trained(released, tmp_path):
 
 
 @pytest.mark.parametrize("depth, name, statistics", [
-    ("R50", "resnet50", False), ("R50", "resnet50", True),
+    pytest.param("R50", "resnet50", False, marks=pytest.mark.slow), ("R50", "resnet50", True),
     pytest.param("X101-32x8d", "resnext101_32x8d", True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_imagenet_backbones(depth, name, statistics, tmp_path):
@@ -193,7 +208,7 @@ def test_convert_as_typed(tmp_path, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def small():
     """A file of two classes, to be spoilt."""
-    return foreign.detectron2(num_classes=2)
+    return whole(foreign.detectron2, 2)
 
 
 def without(weights, name):
@@ -225,6 +240,12 @@ def test_other_numbers_of_anchors_are_refused(small, tmp_path):
         checkpoints.load(write(tmp_path / "a.npz", weights))
 
 
+@functools.cache
+def whole(make, num_classes):
+    """Weights to be copied, not changed."""
+    return make(num_classes=num_classes)
+
+
 @pytest.mark.parametrize("make, name", [
     (foreign.detectron, "res4_2_branch2a_w"), (foreign.detectron, "retnet_cls_conv_n1_fpn3_w"),
     (foreign.detectron, "retnet_cls_pred_fpn3_w"), (foreign.detectron, "conv1_w"),
@@ -234,15 +255,14 @@ def test_other_numbers_of_anchors_are_refused(small, tmp_path):
     (foreign.torchvision_v1, "backbone.fpn.inner_blocks.0.0.weight"),
 ])  # fmt: skip
 def test_any_one_missing_entry_is_the_one_that_is_named(make, name, tmp_path):
-    classes = 91 if make is foreign.torchvision_v1 else 2
-    weights = make(num_classes=classes)
+    weights = whole(make, 91 if make is foreign.torchvision_v1 else 2)
     with pytest.raises(UserError) as error:
         checkpoints.load(write(tmp_path / "a.npz", without(weights, name)))
     assert str(error.value).endswith(f"but not all of it fits.\n  missing: {name}")
 
 
 def test_names_like_those_that_are_not_used_are_unknown(small, tmp_path):
-    weights = {**foreign.detectron(num_classes=2), "pred_mask_w": np.zeros(1), "lrn_conv_w": np.zeros(1)}
+    weights = {**whole(foreign.detectron, 2), "pred_mask_w": np.zeros(1), "lrn_conv_w": np.zeros(1)}
     with pytest.raises(UserError, match="unknown: pred_mask_w, lrn_conv_w$"):
         checkpoints.load(write(tmp_path / "a.npz", weights))
     weights = {**small, "roi.num_batches_tracked": np.zeros(())}

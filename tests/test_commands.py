@@ -91,6 +91,7 @@ def test_evaluate_an_export_and_a_results_file_give_the_runs_numbers(finished, r
     assert json.loads((run_copy / "eval/val/metrics.json").read_text()) == finished[1]  # not written over
 
 
+@pytest.mark.slow
 def test_evaluate_weights_from_files(finished, run_copy):
     _, model = load_run(run_copy)
     model.save(run_copy / "model.keras")

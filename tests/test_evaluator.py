@@ -64,6 +64,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeyp
     assert (run_copy / "eval/train/results.json").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_what_other_weights_or_sizes_have_found_is_not_gone_on_from(run_copy, monkeypatch, capsys):
     def stopping(model, folded, dataset, data, plan):
         yield from batches(model, folded, dataset, data, plan[:1])
@@ -78,7 +79,8 @@ def test_what_other_weights_or_sizes_have_found_is_not_gone_on_from(run_copy, mo
     assert "Going on" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("replicas", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [3, 2])
 def test_replicas_share_an_evaluation_and_find_the_same(run_copy, whole, replicas):
     """In a process of its own; seven batches of unequal canvases do not divide evenly."""
     command = [

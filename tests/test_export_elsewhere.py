@@ -117,6 +117,7 @@ def program(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_tf_servings_loader_in_cpp(trained, saved, picture, program, tmp_path):
     """Three images of one size, and a batch of mixed sizes and orientations, after bytes that are no image."""
     same = [picture(SIZES[0], seed) for seed in range(3)]
@@ -227,6 +228,7 @@ def test_without_its_packages_onnx_says_what_to_install(trained, tmp_path, monke
         onnx_file.write(None, trained[1].categories, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_the_limit_of_pixels_is_the_configurations(trained):
     config, model = trained
     small = config_from_dict({**config.to_dict(), "serving": {"max_pixels": 80 * 80}})

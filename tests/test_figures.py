@@ -273,7 +273,7 @@ def test_the_operations_of_a_model(small_model, depth, size):
         np.testing.assert_array_equal(value, before[name])
 
 
-@pytest.mark.parametrize("stride_in", ["1x1", "3x3"])
+@pytest.mark.parametrize("stride_in", ["1x1", pytest.param("3x3", marks=pytest.mark.slow)])
 def test_the_stages_of_a_resnet50(small_model, stride_in):
     """A stem, 3, 4, 6 and 3 blocks of three convolutions, a shortcut in each stage, wherever the stride is."""
     model = small_model(1, "resnet50", stride_in=stride_in)
@@ -373,6 +373,7 @@ def test_terms_are_those_of_the_loss(run, tiny_config, data_dir):
     assert 0.25 * of_positives[-1] + 0.75 * of_negatives[-1] == pytest.approx(totals[-1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_stops_at_the_papers_numbers_of_windows(run, tiny_config, data_dir, monkeypatch):
     config, model = tiny_config(data_dir), distribution.load_run(run)[1]
     dataset = sources.open_split(config.data, "train")

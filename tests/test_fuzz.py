@@ -12,7 +12,7 @@ import pytest
 from retinanet_keras.serving import export
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_images_are_detections_or_an_invalid_argument(tiny_export, tmp_path, count):
     script = Path(fuzz.__file__)
     command = [sys.executable, str(script), str(export.find(tiny_export)), str(count), "1", str(tmp_path)]

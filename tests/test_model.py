@@ -106,6 +106,7 @@ def test_detections_do_not_depend_on_what_is_beyond_the_image(small_model):
             np.testing.assert_allclose(value, expected[name], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_larger_multiple_to_pad_to(small_model):
     """As if the caller had padded."""
     plain = lively(small_model(detection=SHOW_ALL))
@@ -349,7 +350,10 @@ def textbook_gradients(model, normalizer, image_weights=1.0):
     return [g.numpy() for g in tape.gradient(loss, model.trainable_variables)]
 
 
-@pytest.mark.parametrize("normalizer, image_weights", [("image", None), ("image", WEIGHTS), ("minibatch", WEIGHTS)])
+@pytest.mark.parametrize(
+    "normalizer, image_weights",
+    [("image", None), pytest.param("image", WEIGHTS, marks=pytest.mark.slow), ("minibatch", WEIGHTS)],
+)
 def test_gradients_are_the_textbooks(small_model, normalizer, image_weights):
     model = lively(small_model())
     model.compile(keras.optimizers.SGD(1.0), normalizer=normalizer)
@@ -387,7 +391,8 @@ def test_every_loss_of_the_family_is_summed_without_one_hot_targets(small_model,
 
 
 @pytest.mark.parametrize(
-    "ratio, jit_compile", [(None, False), (3, False), pytest.param(3, True, marks=pytest.mark.slow)]
+    "ratio, jit_compile",
+    [pytest.param(None, False, marks=pytest.mark.slow), (3, False), pytest.param(3, True, marks=pytest.mark.slow)],
 )
 def test_mining_trains_on_the_hardest_anchors_alone(small_model, ratio, jit_compile):
     """The classification loss is that of the anchors that NumPy's NMS over their losses leaves; the box loss stays."""
@@ -414,6 +419,7 @@ def test_mining_trains_on_the_hardest_anchors_alone(small_model, ratio, jit_comp
     assert logs["box_loss"] == pytest.approx(unmined["box_loss"], rel=1e-4) and logs["box_loss"] > 0
 
 
+@pytest.mark.slow
 def test_background_alone_trains_the_class_subnet(small_model):
     model = small_model()
     model.compile(keras.optimizers.SGD(0.1))
@@ -441,6 +447,7 @@ def test_fit_lowers_the_loss(small_model):
     assert last["box_loss"] < first["box_loss"] and last["classification_loss"] < first["classification_loss"]
 
 
+@pytest.mark.slow
 def test_xla_takes_the_same_step(small_model):
     model = lively(small_model())
     model.compile(keras.optimizers.SGD(0.01), jit_compile=True)

@@ -39,6 +39,7 @@ def executed(small_model, tmp_path_factory):
     return names, started
 
 
+@pytest.mark.slow
 def test_the_model_takes_over_what_does_not_depend_on_the_classes(executed):
     names, started = executed
     source, classes = names["source"], len(names["names"])
@@ -52,6 +53,7 @@ def test_the_model_takes_over_what_does_not_depend_on_the_classes(executed):
             np.testing.assert_array_equal(value, theirs[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_it_trains_and_measures(executed):
     names, started = executed
     history = names["history"].history
@@ -61,6 +63,7 @@ def test_it_trains_and_measures(executed):
     assert Path(names["best"]).exists()
 
 
+@pytest.mark.slow
 def test_it_saves_and_exports_what_it_has(executed):
     names, _ = executed
     again = keras.models.load_model(Path(names["OUT"]) / "finetuned.keras")

@@ -198,7 +198,10 @@ def assert_equal_batches(found, expected):
             np.testing.assert_array_equal(one[key], other[key], key)
 
 
-@pytest.mark.parametrize("changes", [{}, {"decode": "reduced"}, {"bad_images": "skip"}, {"buckets": 1}, RANDOM])
+@pytest.mark.parametrize("changes", [
+    pytest.param({}, marks=pytest.mark.slow), pytest.param({"decode": "reduced"}, marks=pytest.mark.slow),
+    {"bad_images": "skip"}, pytest.param({"buckets": 1}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_batches_from_a_later_step_are_those_of_an_uninterrupted_run(dataset, changes):
     if "bad_images" in changes:
         Path(dataset.files[4]).write_bytes(b"no image")
@@ -206,7 +209,10 @@ def test_batches_from_a_later_step_are_those_of_an_uninterrupted_run(dataset, ch
     assert_equal_batches(batches(dataset, config, 3, start=4), batches(dataset, config, 7)[4:])
 
 
-@pytest.mark.parametrize(("workers", "parts"), [(2, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(
+    ("workers", "parts"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow), (2, 2)],
+)
 def test_shares_and_parts_are_the_same_stream(dataset, workers, parts):
     Path(dataset.files[0]).write_bytes(b"no image")
     config = settings(**RANDOM, bad_images="skip")

@@ -34,7 +34,8 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data
     assert len(values) > 100 and all(np.isfinite(v).all() for v in values if v.dtype.kind == "f")
 
 
-@pytest.mark.parametrize("norm", [pytest.param("group", marks=pytest.mark.slow), "batch"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["group", "batch"])
 def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     tiny_config, data_dir, tmp_path, capsys, norm
 ):
@@ -72,6 +73,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
             next(replay.replay(tmp_path / "cut.npz"))
 
 
+@pytest.mark.slow
 def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(tiny_config, data_dir, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(data_dir, broken)

@@ -24,7 +24,7 @@ def compiled(small_model, optimizer=None, **settings):
     return model
 
 
-@pytest.mark.parametrize("normalizer", ["image", "minibatch"])
+@pytest.mark.parametrize("normalizer", ["image", pytest.param("minibatch", marks=pytest.mark.slow)])
 def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model, normalizer):
     model = compiled(small_model, normalizer=normalizer)
     images, truth = batch()
@@ -60,7 +60,7 @@ def test_fit_moves_the_statistics_of_batch_normalisation(small_model, jit_compil
         np.testing.assert_allclose(layer.moving_variance, before + by * share / (1 - layer.momentum), rtol=1e-3)
 
 
-@pytest.mark.parametrize("check_finite", [True, False])
+@pytest.mark.parametrize("check_finite", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite(small_model, check_finite):
     model = compiled(small_model, keras.optimizers.AdamW(0.01), check_finite=check_finite)
     images, truth = batch()
@@ -83,7 +83,7 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
 @pytest.mark.parametrize(
     "norm", [pytest.param("group", marks=pytest.mark.slow), "batch", pytest.param("frozen", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
     images, truth = batch()
     expected = compiled(small_model, norm=norm).train_on_batch(images, truth, return_dict=True)

@@ -82,6 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_config, data_dir, finished, t
     assert [row["step"] for row in folder.log_rows() if "loss" in row] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_but_may_be_prolonged(tiny_config, data_dir, finished, tmp_path):
     folder = RunFolder(tmp_path / "longer")
     shutil.copytree(finished[0].path, folder.path)
@@ -110,7 +111,8 @@ def test_what_may_change_between_starts_is_told(tiny_config, data_dir, finished,
     assert config_from_dict(json.loads(folder.config_file.read_text())) == changed
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(
     tiny_config, data_dir, finished, tmp_path, monkeypatch, capsys, number
 ):
@@ -166,6 +168,7 @@ def test_a_float16_run_counts_the_steps_its_optimizer_leaves_out(tiny_config, da
     assert float(again.model.optimizer.dynamic_scale) < 2.0**60
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_config, data_dir, finished, tmp_path, caplog):
     folder = RunFolder(tmp_path / "damaged")
     shutil.copytree(finished[0].path, folder.path)
