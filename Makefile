@@ -10,7 +10,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 QUICK := $(shell grep --files-with-matches "^pytestmark = pytest.mark.check" tests/test_*.py)
 MATHS := $(patsubst %,tests/test_%.py,boxes nms losses mining anchors targets detections properties subnets backends)
 
-KERNELS := $(patsubst %,tests/test_%.py,boxes nms losses mining targets detections subnets optimizers backbone model \
+KERNELS := $(patsubst %,tests/test_%.py,boxes nms losses mining targets detections subnets optimizers backbone \
 	train_step export export_elsewhere)
 
 demo: .venv/installed
