@@ -23,17 +23,17 @@ demo: .venv/installed
 
 # While writing: the maths, the configuration and the rules for data, without any training.
 check: lint
-	@echo "== Quick tests, under a minute (all: make test)"
+	@echo "== Quick tests, about a minute (all: make test)"
 	$(BIN)/python -m pytest -m "check and not slow" $(PARALLEL) $(QUICK)
 
 # For a change to be accepted: everything a user can do, once.
 test: .venv/installed
-	@echo "== Tests, under 8 minutes on two cores (the longer ones: make test-slow)"
+	@echo "== Tests (the longer ones: make test-slow)"
 	$(BIN)/python -m pytest $(PARALLEL)
 
 # Before a release: whole trainings, kills, replicas under XLA, every released model, and the rarer variants of the rest.
 test-slow: .venv/installed
-	@echo "== The longer tests, some hours on two cores; before a release"
+	@echo "== The longer tests, before a release"
 	$(BIN)/python -m pytest -m slow
 
 test-backends: .venv-backends/installed
