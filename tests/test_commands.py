@@ -48,8 +48,16 @@ def run_copy(finished, tmp_path):
         (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
         (["train.py", "--config", "README.md"], "is not JSON: line 1"),
         (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
-        (["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"], "neither a run's folder"),
-        (["-m", "retinanet_keras", "convert", "README.md", "x.keras"], "README.md is not a .pkl of Detectron"),
+        pytest.param(  # it imports TensorFlow, as the next one does
+            ["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"],
+            "neither a run's folder",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["-m", "retinanet_keras", "convert", "README.md", "x.keras"],
+            "README.md is not a .pkl of Detectron",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_are_answered_in_one_line(command, answer):
