@@ -142,6 +142,7 @@ def test_export_makes_the_next_version(run_copy, tmp_path, capsys):
     assert str(tmp_path / "served/2") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_keras_file_is_detected_with_and_exported(small_model, tmp_path, capsys):
     """Without a run: as after `convert`, at the paper's size."""
     categories = [{"label": i, "id": i + 3, "name": f"c{i}"} for i in range(3)]
