@@ -1,6 +1,8 @@
 """What the tests share."""
 
 import copy
+import fcntl
+import pickle
 import sys
 
 import pytest
@@ -83,19 +85,45 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """Where the generated data of `tiny_config` is written by the first run; not to be changed."""
-    return tmp_path_factory.mktemp("data") / "shapes"
+def made_once(request, tmp_path_factory):
+    """A function of a name and a function of a folder: the folder, and what the first process to call it was returned.
+
+    A run takes longer than most tests; the processes of one `pytest --numprocesses` share it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if hasattr(request.config, "workerinput") else root  # of one of several processes
+
+    def get(name, make):
+        folder, result = root / "shared" / name, root / "shared" / f"{name}.pickle"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(root / "shared" / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+            if not result.exists():
+                result.write_bytes(pickle.dumps(make(folder)))
+        return folder, pickle.loads(result.read_bytes())
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_config, data_dir, tmp_path_factory):
+def data_dir(tiny_config, made_once):
+    """Where the generated data of `tiny_config` is; not to be changed."""
+    from retinanet_keras.data import sources
+
+    def make(folder):
+        sources.open_split(tiny_config(folder / "shapes").data, "train")
+
+    return made_once("data", make)[0] / "shapes"
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config, data_dir, made_once):
     """A run from start to end: (its folder, the metrics it returned); not to be changed."""
     from retinanet_keras.training import run
     from retinanet_keras.training.folder import RunFolder
 
-    folder = RunFolder(tmp_path_factory.mktemp("run") / "whole")
-    return folder, run.train(tiny_config(data_dir), folder.path)
+    folder, metrics = made_once("run", lambda folder: run.train(tiny_config(data_dir), folder / "whole"))
+    return RunFolder(folder / "whole"), metrics
 
 
 @pytest.fixture(scope="session")

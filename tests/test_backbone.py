@@ -257,7 +257,10 @@ def of_keras():
     return keras.Model(images, outputs)
 
 
-@pytest.mark.parametrize("make", [pytest.param(of_keras_cv, marks=pytest.mark.slow), of_keras_hub, of_keras])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(of_keras_cv, marks=pytest.mark.slow), pytest.param(of_keras_hub, marks=pytest.mark.slow), of_keras],
+)
 def test_a_model_of_another_library_goes_in_as_it_is(make, tmp_path):
     keras.utils.set_random_seed(0)
     model = make()

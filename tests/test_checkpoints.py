@@ -268,6 +268,7 @@ def test_any_one_missing_entry_is_the_one_that_is_named(make, name, tmp_path):
     assert str(error.value).endswith(f"but not all of it fits.\n  missing: {name}")
 
 
+@pytest.mark.slow
 def test_names_like_those_that_are_not_used_are_unknown(small, tmp_path):
     weights = {**whole(foreign.detectron, 2), "pred_mask_w": np.zeros(1), "lrn_conv_w": np.zeros(1)}
     with pytest.raises(UserError, match="unknown: pred_mask_w, lrn_conv_w$"):

@@ -48,8 +48,16 @@ def run_copy(finished, tmp_path):
         (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
         (["train.py", "--config", "README.md"], "is not JSON: line 1"),
         (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
-        (["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"], "neither a run's folder"),
-        (["-m", "retinanet_keras", "convert", "README.md", "x.keras"], "README.md is not a .pkl of Detectron"),
+        pytest.param(  # it imports TensorFlow, as the next one does
+            ["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"],
+            "neither a run's folder",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["-m", "retinanet_keras", "convert", "README.md", "x.keras"],
+            "README.md is not a .pkl of Detectron",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_mistakes_are_answered_in_one_line(command, answer):
@@ -134,6 +142,7 @@ def test_export_makes_the_next_version(run_copy, tmp_path, capsys):
     assert str(tmp_path / "served/2") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_keras_file_is_detected_with_and_exported(small_model, tmp_path, capsys):
     """Without a run: as after `convert`, at the paper's size."""
     categories = [{"label": i, "id": i + 3, "name": f"c{i}"} for i in range(3)]

@@ -215,9 +215,12 @@ def test_nothing_in_the_graph_runs_python_or_reads_the_disk(saved):
 
 
 @pytest.mark.parametrize("settings", [
-    {"backbone": "resnet18", "norm": "batch"}, {"backbone": "resnet50", "norm": "frozen", "stride_in": "3x3"},
-    {"backbone": "resnext101_32x8d", "norm": "frozen", "width": 8}, {"backbone": "resnet18", "norm": "group",
-    "head_norm": "group", "p6_source": "p5"},
+    {"backbone": "resnet18", "norm": "batch"},
+    pytest.param({"backbone": "resnet50", "norm": "frozen", "stride_in": "3x3"}, marks=pytest.mark.slow),
+    {"backbone": "resnext101_32x8d", "norm": "frozen", "width": 8},
+    pytest.param(
+        {"backbone": "resnet18", "norm": "group", "head_norm": "group", "p6_source": "p5"}, marks=pytest.mark.slow
+    ),
 ])  # fmt: skip
 def test_the_folded_model_finds_what_the_model_finds(small_model, settings):
     """Batch normalisation with statistics, scales and shifts of its own; two images of different sizes on a canvas."""

@@ -167,6 +167,7 @@ def test_the_session_loader_with_mixed_sizes_in_a_batch_and_alone(trained, saved
         assert_same(run_in_session(saved, "serving_bytes", [as_png(image)])[0], found, 1e-6, 1e-3)
 
 
+@pytest.mark.slow
 def test_grpc_with_mixed_sizes_and_with_pixels(trained, base_path, picture):
     """By way of the double of a server."""
     images = [picture(size) for size in SIZES]

@@ -193,6 +193,7 @@ def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config,
         list(evaluator.detect_split_by_export(detector.of_model(model, settings), dataset, settings))
 
 
+@pytest.mark.slow
 def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):
     """One pixel, a ribbon, grey, CMYK, 16 bits; boxes that are inverted, empty, not numbers, or outside."""
     data = tmp_path / "odd"
