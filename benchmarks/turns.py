@@ -72,3 +72,25 @@ def judge(what, ratio, bound, at_least=False):
     word = "at least" if at_least else "at most"
     print(f"{what:60} {ratio:7.3f}  {word} {bound:.3f}  {'MISSED' if missed else 'held'}", flush=True)
     return missed
+
+
+def torchvision_module(torch):
+    """torchvision; with an NMS of our own where its compiled part is for another torch (only NMS is needed of that)."""
+    try:
+        import torchvision
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+
+        def nms(boxes, scores, iou_threshold):  # with random weights hardly a box comes to it
+            kept, order = [], scores.argsort(descending=True)
+            while order.numel():
+                kept.append(order[0])
+                order = order[1:][torchvision.ops.box_iou(boxes[order[:1]], boxes[order[1:]])[0] <= iou_threshold]
+            return torch.stack(kept) if kept else order
+
+        torchvision.ops.boxes.nms = nms
+        torchvision.library_of_nms = library  # else the definition goes
+    return torchvision
