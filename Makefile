@@ -14,7 +14,7 @@ KERNELS := $(patsubst %,tests/test_%.py,boxes nms losses mining targets detectio
 	train_step export export_elsewhere)
 
 demo: .venv/installed
-	@echo "== Training on generated shapes with configs/shapes.json (6 to 8 minutes on two CPU cores)"
+	@echo "== Training on generated shapes with configs/shapes.json (at most 8 minutes on two free CPU cores)"
 	$(BIN)/python train.py --config configs/shapes.json
 	@echo "== Detecting in some test images with the exported model"
 	$(BIN)/python -m retinanet_keras detect --model runs/shapes/export \

@@ -281,7 +281,7 @@ class RetinaNet(keras.Model):
         import tensorflow as tf
 
         if self._detect_graph is None:
-            self._detect_graph = tf.function(self.detect_in_graph, reduce_retracing=True)
+            self._detect_graph = tf.function(self.detect_in_graph, reduce_retracing=True, autograph=False)
         return self._detect_graph(images, tf.cast(sizes, tf.float32))
 
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):

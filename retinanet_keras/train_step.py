@@ -63,7 +63,7 @@ def gradient_function(model, jit):
 
     if model.run_eagerly:
         return sums_and_gradients
-    return tf.function(sums_and_gradients, jit_compile=jit, reduce_retracing=True)
+    return tf.function(sums_and_gradients, jit_compile=jit, reduce_retracing=True, autograph=False)
 
 
 def moving_statistics(model):

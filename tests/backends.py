@@ -14,7 +14,7 @@ def compiled(function, xla=False):
     if NAME == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=xla, reduce_retracing=True)
+        return tf.function(function, jit_compile=xla, reduce_retracing=True, autograph=False)
     if NAME == "jax":
         import jax
 

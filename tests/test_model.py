@@ -144,6 +144,12 @@ def test_anchors_follow_their_settings(small_model):
 SHOW_ALL = DetectionConfig(score_threshold=0.02, max_detections=40)
 
 
+@pytest.fixture(scope="module")
+def shown(small_model):
+    """A model that detects many things, and was never compiled; not to be changed."""
+    return lively(small_model(detection=SHOW_ALL))
+
+
 def test_a_model_on_the_last_layer_alone(small_model, tmp_path):
     """Its anchors are those of `anchor_boxes`; it trains, detects, and comes back from its file."""
     config = AnchorConfig(size=1.0, levels="last")
@@ -159,14 +165,13 @@ def test_a_model_on_the_last_layer_alone(small_model, tmp_path):
     np.testing.assert_array_equal(numpy_of(again.detect(IMAGES))["boxes"], found["boxes"])
 
 
-def test_detect_is_decode_of_the_outputs(small_model):
-    model = lively(small_model(detection=SHOW_ALL))
-    found = numpy_of(model.detect(IMAGES))
+def test_detect_is_decode_of_the_outputs(shown):
+    found = numpy_of(shown.detect(IMAGES))
     assert {name: (value.shape, str(value.dtype)) for name, value in found.items()} == {
         "boxes": ((3, 40, 4), "float32"), "scores": ((3, 40), "float32"),
         "labels": ((3, 40), "int32"), "count": ((3,), "int32"),
     }  # fmt: skip
-    outputs = model(IMAGES)
+    outputs = shown(IMAGES)
     settings = dataclasses.asdict(SHOW_ALL)
     settings.pop("pad_multiple")
     expected = detections.decode(
@@ -193,16 +198,15 @@ def test_a_fresh_model_detects_nothing(small_model):
     assert numpy_of(small_model().detect(IMAGES))["count"].tolist() == [0, 0, 0]
 
 
-def test_boxes_are_clipped_to_sizes(small_model):
-    model = lively(small_model(detection=SHOW_ALL))
-    whole = numpy_of(model.detect(IMAGES))["boxes"]
+def test_boxes_are_clipped_to_sizes(shown):
+    whole = numpy_of(shown.detect(IMAGES))["boxes"]
     assert whole.max() == 64
-    clipped = numpy_of(model.detect(IMAGES, sizes=[[64, 64], [30, 50], [20, 64]]))["boxes"]
+    clipped = numpy_of(shown.detect(IMAGES, sizes=[[64, 64], [30, 50], [20, 64]]))["boxes"]
     assert clipped.min() >= 0
     np.testing.assert_array_equal(clipped[0], whole[0])
     assert clipped[1, :, [0, 2]].max() == 50 and clipped[1, :, [1, 3]].max() == 30
     assert clipped[2, :, [0, 2]].max() == 64 and clipped[2, :, [1, 3]].max() == 20
-    odd = numpy_of(model.detect(IMAGES[:, :50, :40]))["boxes"]  # padded inside: clipped to what was given
+    odd = numpy_of(shown.detect(IMAGES[:, :50, :40]))["boxes"]  # padded inside: clipped to what was given
     assert odd[..., [0, 2]].max() == 40 and odd[..., [1, 3]].max() == 50
 
 
@@ -213,7 +217,7 @@ def test_predict_equals_detect(small_model):
     plain, clipped = numpy_of(model.detect(IMAGES)), numpy_of(model.detect(IMAGES, sizes))
     dataset = tf.data.Dataset.from_tensor_slices((IMAGES, {**TRUTH, "size": sizes})).batch(2)
     for found, expected in (
-        (model.predict(IMAGES, batch_size=2, verbose=0), plain),
+        (model.predict(IMAGES, batch_size=3, verbose=0), plain),
         (model.predict(dataset, verbose=0), clipped),
     ):
         assert set(found) == set(expected)
@@ -500,8 +504,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_path, run):
+@pytest.mark.parametrize(
+    "run, mined", [("adamw", None), pytest.param("sgd", MiningConfig(batch_size=50, ratio=3), marks=pytest.mark.slow)]
+)
+def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_path, run, mined):
     categories = [{"label": i, "id": i + 3, "name": f"c{i}"} for i in range(3)]
     model = lively(
         small_model(
@@ -515,7 +521,7 @@ def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_
         losses.SmoothL1Loss(0.2),
         box_weight=0.7,
         normalizer="minibatch",
-        mining=MiningConfig(batch_size=50, ratio=3),
+        mining=mined,
     )
     for _ in range(2):
         model.train_on_batch(IMAGES, TRUTH)
@@ -525,7 +531,7 @@ def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_
     assert (again.anchors, again.targets, again.detection) == (model.anchors, model.targets, model.detection)
     assert list(map(dict, again.categories)) == categories
     assert (again.box_weight, again.normalizer) == (0.7, "minibatch")
-    assert again.mining == MiningConfig(batch_size=50, ratio=3)
+    assert again.mining == mined
     assert (again.classification_loss.gamma, again.box_loss.beta) == (1.0, 0.2)
     assert [v.path for v in again.trainable_variables] == [v.path for v in model.trainable_variables]
     found, expected = numpy_of(again.detect(IMAGES)), numpy_of(model.detect(IMAGES))
@@ -541,16 +547,15 @@ def test_a_saved_model_detects_and_trains_on_as_if_never_saved(small_model, tmp_
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_a_model_that_was_never_compiled_can_be_saved(small_model, tmp_path):
-    model = lively(small_model(detection=SHOW_ALL))
-    model.save(tmp_path / "model.keras")
+def test_a_model_that_was_never_compiled_can_be_saved(shown, small_model, tmp_path):
+    shown.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(again(IMAGES)["logits"], model(IMAGES)["logits"])
+    np.testing.assert_array_equal(again(IMAGES)["logits"], shown(IMAGES)["logits"])
     assert again.detection == SHOW_ALL
-    model.save_weights(tmp_path / "model.weights.h5")
+    shown.save_weights(tmp_path / "model.weights.h5")
     other = small_model(detection=SHOW_ALL, seed=5)
     other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(other(IMAGES)["logits"], model(IMAGES)["logits"])
+    np.testing.assert_array_equal(other(IMAGES)["logits"], shown(IMAGES)["logits"])
 
 
 # Errors

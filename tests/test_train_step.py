@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from retinanet_keras import losses, optimizers
-from retinanet_keras.config import TrainConfig
+from retinanet_keras.config import MiningConfig, TrainConfig
 
 
 def batch():
@@ -17,7 +17,7 @@ def batch():
 
 
 def compiled(small_model, optimizer=None, **settings):
-    names = ("normalizer", "check_finite", "run_eagerly", "steps_per_execution", "auto_scale_loss")
+    names = ("normalizer", "check_finite", "run_eagerly", "steps_per_execution", "auto_scale_loss", "mining")
     of_compile = {name: settings.pop(name) for name in names if name in settings}
     model = small_model(**settings)
     model.compile(optimizer or optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
@@ -166,11 +166,12 @@ def test_run_eagerly_runs_the_loss_as_python_at_every_step(small_model):
 
 
 def test_how_keras_runs_a_model_is_saved_with_it(small_model, tmp_path):
-    model = compiled(small_model, run_eagerly=True, steps_per_execution=3)
+    mining = MiningConfig(batch_size=50, ratio=3)
+    model = compiled(small_model, run_eagerly=True, steps_per_execution=3, mining=mining)
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
-    assert again.run_eagerly and again.steps_per_execution == 3
+    assert again.run_eagerly and again.steps_per_execution == 3 and again.mining == mining
 
 
 @pytest.mark.parametrize("scaled", [True, False])

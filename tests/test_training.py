@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import time
+import types
 
 import numpy as np
 import pytest
@@ -109,6 +111,27 @@ def test_what_may_change_between_starts_is_told(tiny_config, data_dir, finished,
     told = "Changed since the last start: train.learning_rate was 0.001, now 0.0001; eval.every was 3, now 0"
     assert told in capsys.readouterr().out
     assert config_from_dict(json.loads(folder.config_file.read_text())) == changed
+
+
+def test_the_time_left_is_estimated_from_steps_alone(tiny_config, data_dir, tmp_path):
+    """Not from tracing nor from an evaluation, made half a second long each here."""
+    checkpoints = types.SimpleNamespace(step=0)
+    log = callbacks.Log(RunFolder(tmp_path), tiny_config(data_dir), checkpoints)
+    log.set_model(types.SimpleNamespace(optimizer=types.SimpleNamespace(learning_rate=0.1)))
+    start = time.perf_counter()
+    for _ in range(2):
+        log.on_train_begin()
+        time.sleep(0.5)
+        for step in range(2):
+            log.on_train_batch_begin(step)
+            checkpoints.step += 1
+            log.on_train_batch_end(step, dict.fromkeys(
+                ("loss", "classification_loss", "box_loss", "positives", "gradient_norm"), 1.0
+            ))  # fmt: skip
+        log.on_train_end()
+    assert log.bar.n == 4
+    assert log.bar.format_dict["elapsed"] <= time.perf_counter() - start - 1.0
+    log.close()
 
 
 @pytest.mark.slow

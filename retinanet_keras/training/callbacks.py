@@ -49,7 +49,8 @@ class Log(keras.callbacks.Callback):
     evaluation or a start in between.
 
     The share of time in which a step waited for its images is that from asking for them to the moment the input
-    pipeline had them ready, if that came later.
+    pipeline had them ready, if that came later. The time left that the bar shows is estimated from steps alone: what
+    comes before the first step is over, tracing included, does not count, nor does an evaluation.
     """
 
     def __init__(self, folder, config, checkpoints, replicas=1):
@@ -63,6 +64,7 @@ class Log(keras.callbacks.Callback):
         )  # fmt: skip
         self.writer = tf.summary.create_file_writer(str(folder.tensorboard))
         self.produced = collections.deque()  # when each element of the input pipeline was ready; one a replica and step
+        self.stopped = time.perf_counter()
         self._restart()
 
     def new_pipeline(self):
@@ -81,9 +83,12 @@ class Log(keras.callbacks.Callback):
         step = self.checkpoints.step
         now = time.perf_counter()
         ready = [self.produced.popleft() for _ in range(min(self.replicas, len(self.produced)))]
-        if not self.tracing:
+        if self.tracing:
+            self.bar.start_t += now - self.stopped
+            self.bar.last_print_t += now - self.stopped
+            self.tracing = False
+        else:
             self.waited += max(0.0, max(ready, default=0.0) - self.asked)
-        self.tracing = False
         norm = float(logs["gradient_norm"])
         self.norms += norm if math.isfinite(norm) else 0.0  # of a float16 step that is left out it is not
         row = {name: float(logs[name]) for name in ("loss", "classification_loss", "box_loss", "positives")}
@@ -101,6 +106,9 @@ class Log(keras.callbacks.Callback):
         if step % self.every == 0 or step == self.total:
             self.write({"step": step, **row})
             self._restart()
+
+    def on_train_end(self, logs=None):
+        self.stopped = time.perf_counter()
 
     def write(self, row):
         """One row to log.csv and TensorBoard."""

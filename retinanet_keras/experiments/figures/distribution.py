@@ -113,7 +113,7 @@ def collect(model, dataset, config, images=None):
     positive, negative = Terms(), Terms()
     order = np.random.default_rng(0).permutation(len(dataset))[:images]
     place = {int(image_id): i for i, image_id in enumerate(dataset.image_ids)}
-    step = tf.function(lambda *batch: _terms(model, *batch), reduce_retracing=True)
+    step = tf.function(lambda *batch: _terms(model, *batch), reduce_retracing=True, autograph=False)
     seen = 0
     with tqdm(total=len(order), desc="Sorting losses", unit="image", mininterval=1.0, leave=False) as bar:
         while seen < len(order):
