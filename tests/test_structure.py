@@ -17,6 +17,7 @@ PACKAGE = ROOT / "retinanet_keras"
 TABLE = (
     ("runtime",),
     ("errors",),
+    ("storage", "strict_json"),
     ("settings",),
     ("config",),
     ("boxes",),

@@ -1,0 +1,233 @@
+"""Files that are whole whatever happens: written beside their place and moved into it, and locks on folders.
+
+A kill or a full disk leaves what was there before; what an interrupted process wrote beside it is removed by the next
+write to the same place.
+"""
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+import zlib
+from pathlib import Path
+
+from retinanet_keras.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+logger = logging.getLogger("retinanet_keras")
+SUFFIXES = (".weights.h5", ".keras", ".npz", ".png", ".jpg", ".zip")  # by which those who write choose a format
+LOCK = ".lock"
+AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2  # of Linux's renameat2
+NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # a system or a file system without it
+
+
+class InUse(UserError):
+    """A folder that another process works in; the message says which."""
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Write a file that takes the place of another only when it is whole.
+
+    Args:
+        path: the file's place, there already or not, in a folder that exists.
+
+    Yields:
+        the path of a file beside it, to be written within the block. Where the block ends without an error the file is
+        moved to `path` in one step; else it is removed.
+    """
+    path = Path(path)
+    partial = _beside(path)
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(path, content):
+    """Replace a file's content, a str (stored as UTF-8) or bytes, in one step; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """Write a folder that takes the place of another only when it is whole.
+
+    The other is there until then, and on Linux at every moment: the two are exchanged. Elsewhere, between two renames,
+    neither is.
+
+    Args:
+        path: the folder's place, there already or not. What is there must be a folder.
+
+    Yields:
+        the path of an empty folder beside it, to be filled within the block.
+    """
+    path = Path(path)
+    with _folder_beside(path) as partial:
+        yield partial
+        try:
+            if path.exists():
+                _rename(partial, path, EXCHANGE)  # the old one is at `partial` then, and removed
+            else:
+                os.rename(partial, path)
+        except OSError as error:
+            if error.errno not in NOT_HERE:
+                raise
+            old = partial.with_name(f"{partial.name}.old")
+            os.rename(path, old)
+            os.rename(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(choose):
+    """Write a folder to a place that is free when it is whole; nothing is ever replaced.
+
+    Args:
+        choose: a function that gives a free place, called again where another process was faster.
+
+    Yields:
+        an object whose `path` is an empty folder to be filled within the block, and afterwards the place.
+    """
+    made = _Made()
+    with _folder_beside(choose()) as partial:
+        made.path = partial
+        yield made
+        while True:
+            place = choose()
+            try:
+                _rename(partial, place, NO_REPLACE)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                if error.errno not in NOT_HERE:
+                    raise
+                try:
+                    place.mkdir()
+                except FileExistsError:
+                    continue
+                os.rename(partial, place)  # over an empty folder
+            made.path = place
+            return
+
+
+class _Made:
+    path = None
+
+
+@contextlib.contextmanager
+def locked(folder, doing):
+    """Hold a folder for this process alone. The end of the process, however it comes, lets go of it.
+
+    Where the file system has no locks a warning says so, once for each folder, and the block runs all the same.
+
+    Args:
+        folder: a folder that exists.
+        doing: what this process does there, for the message to others, such as "training".
+
+    Raises:
+        InUse: where another process holds it.
+    """
+    path = Path(folder, LOCK)
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "no file locks on this system")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(500).strip() or "another process"
+            raise InUse(
+                f"{folder} is in use: {holder}. Two at once would overwrite each other's files. Wait for it to end, "
+                "stop it, or use another folder"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): take care that no other process works in it", folder, error.strerror or error
+            )
+        file.seek(0)
+        file.truncate()
+        file.write(
+            f"{doing}, process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+        file.flush()
+        yield
+
+
+def digest(*parts):
+    """A short name of some content, the same for the same content: 16 hexadecimal digits of SHA-256.
+
+    Args:
+        parts: of the content; bytes, NumPy arrays, or what JSON can hold.
+    """
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, bytes) or hasattr(part, "tobytes"):
+            part = part if isinstance(part, bytes) else f"{part.dtype}{part.shape}".encode() + part.tobytes()
+        else:
+            part = json.dumps(part, sort_keys=True).encode()
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()[:16]
+
+
+def _beside(path):
+    """A path for the unfinished file of this process, in the same folder; those of dead processes are removed."""
+    ending = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+    prefix = f".{zlib.crc32(os.fsencode(path.name)):08x}-{zlib.crc32(socket.gethostname().encode()):08x}-"
+    for other in path.parent.glob(f"{prefix}*"):
+        number = other.name.removeprefix(prefix).split(".")[0]
+        if number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}{os.getpid()}.partial{ending}")
+
+
+@contextlib.contextmanager
+def _folder_beside(path):
+    partial = _beside(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(process):
+    if process == os.getpid():
+        return False  # a process of this number that ended
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def _rename(old, new, flag):
+    """Linux's renameat2; an OSError of NOT_HERE where there is none."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if function(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flag):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(new))
+
+
+def _flush(path):
+    """Bring a file to the disk, so that a crash of the machine cannot leave its name without its content."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,183 @@
+"""Writing in one step, and locks: what is there after an error, a kill, and beside another process."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from retinanet_keras import storage
+
+pytestmark = pytest.mark.check
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+    path = tmp_path / ("é" * 120 + ".json")  # 245 bytes: no room for a longer name beside it
+    storage.write(path, "old")
+    with storage.replacing(path) as partial:
+        partial.write_text("ne")
+        assert path.read_text() == "old"
+        partial.write_text("new")
+    assert path.read_text() == "new" and files(tmp_path) == [path.name]
+    storage.write(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file(tmp_path, error):
+    storage.write(tmp_path / "a.keras", "old")
+    with pytest.raises(error), storage.replacing(tmp_path / "a.keras") as partial:
+        assert partial.name.endswith(".keras")
+        partial.write_text("half")
+        raise error
+    assert files(tmp_path) == ["a.keras"] and (tmp_path / "a.keras").read_text() == "old"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch, there, exchange):
+    if not exchange:
+        monkeypatch.setattr(storage.sys, "platform", "other")
+    path = tmp_path / "deep/1"
+    if there:
+        path.mkdir(parents=True)
+        (path / "old").write_text("old")
+    with storage.replacing_folder(path) as partial:
+        (partial / "new").write_text("new")
+        assert path.exists() == there
+    assert files(tmp_path) == ["deep", "deep/1", "deep/1/new"]
+    with pytest.raises(ZeroDivisionError), storage.replacing_folder(path):
+        raise ZeroDivisionError
+    assert files(tmp_path) == ["deep", "deep/1", "deep/1/new"]
+
+
+@pytest.mark.parametrize("without_replacing", [True, False])
+def test_a_new_folder_takes_no_place_that_is_taken(tmp_path, monkeypatch, without_replacing):
+    if not without_replacing:
+        monkeypatch.setattr(storage.sys, "platform", "other")
+    asked = []
+
+    def choose():
+        asked.append(next(tmp_path / str(n) for n in range(1, 99) if not (tmp_path / str(n)).exists()))
+        return asked[-1]
+
+    (tmp_path / "1").write_text("a file")
+    with storage.new_folder(choose) as made:
+        (made.path / "mine").write_text("mine")
+        monkeypatch.setattr(storage.time, "sleep", None)
+        (tmp_path / "2").mkdir()  # another process was faster
+        (tmp_path / "2/theirs").write_text("theirs")
+        first = asked[-1]
+        asked.clear()
+    assert first.name == "2" and made.path.name == "3"
+    assert files(tmp_path) == ["1", "2", "2/theirs", "3", "3/mine"]
+
+
+def test_between_choosing_and_moving_another_may_take_the_place(tmp_path):
+    def choose():
+        free = [tmp_path / str(n) for n in (1, 2) if not (tmp_path / str(n)).exists()]
+        if len(taken) == 1:  # asked the second time: taken right after
+            free[0].mkdir()
+        taken.append(free[0])
+        return free[0]
+
+    taken = []
+    with storage.new_folder(choose) as made:
+        (made.path / "a").write_text("a")
+    assert made.path == tmp_path / "2" and files(tmp_path) == ["1", "2", "2/a"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    child = (
+        "import os, sys; from pathlib import Path; from retinanet_keras import storage\n"
+        "with storage.replacing(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); os._exit(9)"
+    )
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    assert subprocess.run([sys.executable, "-c", child, path]).returncode == 9
+    assert path.read_text() == "old" and len(files(tmp_path)) == 2
+    storage.write(path, "new")
+    assert files(tmp_path) == ["a.json"] and path.read_text() == "new"
+
+
+HOLD = (
+    "import sys; from retinanet_keras import storage\n"
+    "with storage.locked(sys.argv[1], 'training'):\n"
+    "    print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "held\n"
+    for _ in range(2):  # being refused does not forget who holds it
+        with pytest.raises(storage.InUse, match=f"is in use: training, process {child.pid} on .*, since 20"):
+            with storage.locked(tmp_path, "exporting"):
+                raise AssertionError("two hold it")
+    child.kill()
+    child.communicate()
+    with storage.locked(tmp_path, "exporting"), pytest.raises(storage.InUse, match="exporting"):
+        with storage.locked(tmp_path, "again"):
+            raise AssertionError("two hold it")
+    with storage.locked(tmp_path, "again"):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", no_locks)
+    with storage.locked(tmp_path, "training"):
+        assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_writers_of_several_processes_and_threads_leave_one_of_their_contents(tmp_path):
+    path = tmp_path / "a.txt"
+    child = (
+        "import sys; from retinanet_keras import storage\n"
+        "for n in range(20): storage.write(sys.argv[1], sys.argv[2] * 5000)"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", child, path, letter]) for letter in "ab"]
+    seen, over = set(), threading.Event()
+
+    def read():
+        while not over.is_set():
+            if path.exists():
+                seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert [process.wait() for process in children] == [0, 0]
+    over.set()
+    reader.join()
+    assert seen and seen <= {"a" * 5000, "b" * 5000} and files(tmp_path) == ["a.txt"]
+
+
+def test_a_digest_is_of_the_content():
+    a = np.arange(6, dtype="float32")
+    assert storage.digest(a, {"b": 1, "a": [2]}) == storage.digest(a.copy(), {"a": [2], "b": 1})
+    different = [
+        storage.digest(a), storage.digest(a.reshape(2, 3)), storage.digest(a.astype("float64")), storage.digest(a + 1),
+        storage.digest(a.tobytes()), storage.digest("x", "y"), storage.digest("xy"), storage.digest(),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different) and all(len(one) == 16 for one in different)
+
+
+def test_the_number_of_this_process_may_have_been_anothers(tmp_path):
+    with pytest.raises(SystemExit), storage.replacing(tmp_path / "a") as partial:
+        name = partial.name
+        raise SystemExit
+    (tmp_path / name).write_text("of a process of this number, before")
+    assert str(os.getpid()) in name
+    storage.write(tmp_path / "a", "new")
+    assert files(tmp_path) == ["a"]
