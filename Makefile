@@ -53,6 +53,7 @@ lint: .venv/installed
 	@echo "== Lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lock: .venv/installed
 	@echo "== Pinning the newest versions that requirements.txt allows"

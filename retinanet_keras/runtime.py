@@ -34,10 +34,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_TRAINING, OTHER = "large training", "other"  # what there is to choose kernels for
 
 logger = logging.getLogger("retinanet_keras")
-_told = set()
+_told: set[str] = set()
 
 
-def set_up(work=None):
+def set_up(work: str | None = None) -> None:
     """Apply the defaults that fit this machine. To be called before TensorFlow is imported.
 
     Args:
@@ -51,16 +51,16 @@ def set_up(work=None):
     if "tensorflow" not in sys.modules:
         threads = cpu_limit()
         for name in THREADS:
-            _choose(name, threads and str(threads))
+            _choose(name, str(threads) if threads else None)
         _choose(KERNELS, preferred_kernels(work))
 
 
-def work_of(backbone, width=64):
+def work_of(backbone: str, width: int = 64) -> str:
     """The kind of work that training a ResNet is, by its name and the channels of its stem."""
     return OTHER if backbone == "resnet18" or width < 64 else LARGE_TRAINING
 
 
-def preferred_kernels(work):
+def preferred_kernels(work: str | None) -> str | None:
     """What `TF_ENABLE_ONEDNN_OPTS` should be for some work: "0", "1", or None where TensorFlow's choice is right."""
     flags = cpu_flags()
     if work is None or not flags or flags & ONEDNN_FLAGS:
@@ -68,7 +68,7 @@ def preferred_kernels(work):
     return "0" if work == LARGE_TRAINING else "1"
 
 
-def tell_if_slow(work):
+def tell_if_slow(work: str) -> None:
     """Log once where TensorFlow was imported with kernels that are slower for some work, and what to do about it."""
     preferred = preferred_kernels(work)
     chosen_by_user = KERNELS in os.environ and KERNELS not in _chosen()
@@ -82,7 +82,7 @@ def tell_if_slow(work):
         )  # fmt: skip
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> bool:
     """Have glibc keep the large blocks that are freed; whether it does. Other C libraries are left as they are."""
     if any(name in os.environ for name in MEMORY) or platform.libc_ver()[0] != "glibc":
         return False
@@ -93,7 +93,7 @@ def keep_freed_memory():
     return bool(mapped and mallopt(M_TRIM_THRESHOLD, most))
 
 
-def cpu_limit(root="/sys/fs/cgroup"):
+def cpu_limit(root: str | Path = "/sys/fs/cgroup") -> int | None:
     """The CPUs that a container may use, where it is fewer than it sees; None: no such limit."""
     root = Path(root)
     try:
@@ -105,15 +105,15 @@ def cpu_limit(root="/sys/fs/cgroup"):
     except (OSError, ValueError):  # no cgroups; "max"
         return None
     seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return limit if 0 < limit < seen else None
+    return limit if seen and 0 < limit < seen else None
 
 
-def cpu_flags():
+def cpu_flags() -> set[str]:
     """The features of an x86 processor in Linux's words, such as "avx2"; empty where they cannot be read."""
     return set(_cpuinfo("flags").split())
 
 
-def processor():
+def processor() -> str:
     """The processor's name, its widest vector unit and whether oneDNN is on, for figures that have to name them."""
     flags = cpu_flags()
     widest = next((f for f in ("amx_tile", "avx512_bf16", "avx512_vnni", "avx512f", "avx2") if f in flags), "no AVX2")
@@ -122,7 +122,7 @@ def processor():
     return f"{name}, {os.cpu_count()} CPUs, {widest}, oneDNN {'on' if onednn else 'off'}"
 
 
-def _cpuinfo(field):
+def _cpuinfo(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -130,13 +130,13 @@ def _cpuinfo(field):
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
 
 
-def _chosen():
+def _chosen() -> dict[str, str]:
     """{variable: value} of what was set here and has not been changed since."""
     pairs = (pair.split("=", 1) for pair in os.environ.get(CHOSEN, "").split(",") if pair)
     return {name: value for name, value in pairs if os.environ.get(name) == value}
 
 
-def _choose(name, value):
+def _choose(name: str, value: str | None) -> None:
     """Set a variable that the user has not set, or, with None, take back what was set here before."""
     chosen = _chosen()
     if name in os.environ and name not in chosen:
