@@ -28,7 +28,7 @@ CHOSEN = "RETINANET_KERAS_CHOSEN"  # what was set here, and not by the user: pro
 KERNELS = "TF_ENABLE_ONEDNN_OPTS"
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-MEMORY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+MEMORY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 ONEDNN_FLAGS = {"avx512_vnni", "avx512_bf16", "amx_tile"}  # with one of them TensorFlow turns oneDNN on by itself
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_TRAINING, OTHER = "large training", "other"  # what there is to choose kernels for
@@ -45,6 +45,8 @@ def set_up(work: str | None = None) -> None:
             unknown, which leaves the kernels to TensorFlow.
     """
     if os.environ.get(SWITCH) == "off":
+        for name in _chosen():  # by the process that started this one
+            _choose(name, None)
         return
     keep_freed_memory()
     _choose(LOG_LEVEL, "3")
@@ -84,7 +86,8 @@ def tell_if_slow(work: str) -> None:
 
 def keep_freed_memory() -> bool:
     """Have glibc keep the large blocks that are freed; whether it does. Other C libraries are left as they are."""
-    if any(name in os.environ for name in MEMORY) or platform.libc_ver()[0] != "glibc":
+    tuned = "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if tuned or any(name in os.environ for name in MEMORY) or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     most = 2**31 - 1  # of a C int
@@ -132,7 +135,7 @@ def _cpuinfo(field: str) -> str:
 
 def _chosen() -> dict[str, str]:
     """{variable: value} of what was set here and has not been changed since."""
-    pairs = (pair.split("=", 1) for pair in os.environ.get(CHOSEN, "").split(",") if pair)
+    pairs = (pair.split("=", 1) for pair in os.environ.get(CHOSEN, "").split(",") if "=" in pair)
     return {name: value for name, value in pairs if os.environ.get(name) == value}
 
 
