@@ -2,10 +2,11 @@
 
     python benchmarks/inference.py [--torch PYTHON] [--threads N] [--rounds N] [--size HxW ...]
 
-ResNet-50, 80 classes, one image, random weights, pixels to detections, on the CPU: ours through TF Serving's loader in
-float32 and bfloat16; KerasHub's as a TensorFlow graph with its decoding and NMS; torchvision's `retinanet_resnet50_fpn`
-in inference mode, in float32 and bfloat16, run by PYTHON, which has torch and torchvision (left out where it has not).
-The floor is the counted arithmetic of our convolutions at the rate of this machine's matrix products of that type.
+ResNet-50, 80 classes, one image, random weights, pixels to detections, on the CPU: ours through TF Serving's loader;
+KerasHub's as a TensorFlow graph with its decoding and NMS; torchvision's `retinanet_resnet50_fpn` in inference mode,
+run by PYTHON, which has torch and torchvision (skipped where it has not). In float32 and, where the processor computes
+it, ours and torchvision's in bfloat16. The floor is the counted arithmetic of our convolutions at the rate of this
+machine's matrix products of that type.
 
 Each subject has a process of its own; they take turns, image by image, so that whatever else the machine does falls on
 all, and medians are compared. Of what comes after the heads, the worst case is timed: every level's 1,000 best pass.
@@ -37,6 +38,7 @@ REWRITTEN = "ours, float32 rewritten"  # by TensorFlow, as the server's --mixed_
 TORCH, TORCH16 = "torchvision", "torchvision, bfloat16"
 PEERS = (HUB, TORCH, TORCH16)  # as they are, without what `runtime` sets up
 PRODUCT, PRODUCT16, AFTER = "matrix product", "matrix product, bfloat16", "after the heads"
+BFLOAT16 = (OURS16, REWRITTEN, TORCH16, PRODUCT16)
 # The most that ours may take, as parts of another's time.
 PEER = {"512x512": 0.85, "800x1344": 1.0}
 FLOOR, HALF, TORCH_HALF, AFTER_PART, SECOND = 1.08, 1 / 1.6, 1.1, 0.01, 1.5
@@ -271,7 +273,9 @@ def compare(size, folder, rounds, torch):
     """{subject: list of seconds} of those that run here, and {subject: what it told at its start}."""
     print(f"{size}: starting ...", end=" ", flush=True)
     processes, started = {}, {}
-    names = (OURS, OURS16, REWRITTEN, HUB, TORCH, TORCH16, PRODUCT, PRODUCT16, AFTER)
+    names = [OURS, OURS16, REWRITTEN, HUB, TORCH, TORCH16, PRODUCT, PRODUCT16, AFTER]
+    if not runtime.cpu_flags() & {"avx512_bf16", "amx_bf16"}:
+        names = [name for name in names if name not in BFLOAT16]
     try:
         for name in names:
             python = torch if name in (TORCH, TORCH16) else sys.executable
@@ -328,23 +332,26 @@ def main():
                 rate = f"  {2 * 2048**3 / value / 1e9:6.0f} GFLOP/s" if name in (PRODUCT, PRODUCT16) else ""
                 print(f"  {name:26} {1000 * value:8.1f} ms{rate}")
             # Each turn's floor is at that turn's rate: the machine's speed changes while it runs.
-            floor, floor16 = (
-                [told[size] / (2 * 2048**3) * value for value in seconds[name]] for name in (PRODUCT, PRODUCT16)
-            )
-            print(f"  floor: {told[size] / 1e9:.1f} GFLOP, {statistics.median(floor):.3f} s; bfloat16 "
-                  f"{statistics.median(floor16):.3f} s")  # fmt: skip
+            floors = {
+                name: [told[size] / (2 * 2048**3) * value for value in seconds[name]]
+                for name in (PRODUCT, PRODUCT16)
+                if name in seconds
+            }
+            for name, values in floors.items():
+                print(f"  floor by {name}: {told[size] / 1e9:.1f} GFLOP, {statistics.median(values):.3f} s")
 
             def ratio(one, others):
                 return statistics.median(a / b for a, b in zip(one, others, strict=True))
 
-            ours, half = seconds[OURS], seconds[OURS16]
+            ours, half = seconds[OURS], seconds.get(OURS16)
             missed += judge(f"{size}: load, s", started[OURS]["load"], LOAD)
             peers = [name for name in (HUB, TORCH) if name in seconds]
             better = min(peers, key=median.get)
             missed += judge(f"{size}: ours / {better}", ratio(ours, seconds[better]), PEER.get(size, 1.0))
-            missed += judge(f"{size}: ours / floor", ratio(ours, floor), FLOOR)
-            missed += judge(f"{size}: bfloat16 / float32, ours", ratio(half, ours), HALF)
-            if TORCH16 in seconds:
+            missed += judge(f"{size}: ours / floor", ratio(ours, floors[PRODUCT]), FLOOR)
+            if half:
+                missed += judge(f"{size}: bfloat16 / float32, ours", ratio(half, ours), HALF)
+            if half and TORCH16 in seconds:
                 missed += judge(f"{size}: ours / torchvision, bfloat16", ratio(half, seconds[TORCH16]), TORCH_HALF)
             if size == SIZES[-1]:
                 missed += judge(f"{size}: after the heads / all", ratio(seconds[AFTER], ours), AFTER_PART)

@@ -1,9 +1,11 @@
 """Commands beside training and evaluation: `python -m retinanet_keras VERB`."""
 
 import argparse
+import json
+import zipfile
 from pathlib import Path
 
-from retinanet_keras import cli, config, settings
+from retinanet_keras import cli, config, runtime, settings
 from retinanet_keras.experiments import tables
 
 
@@ -150,8 +152,20 @@ def convert(args):
     print(checkpoints.convert(args.file, args.out))
 
 
+def work_of_step(file):
+    """The kind of work that a failed step was, so that it is computed with the same kernels."""
+    import numpy as np
+
+    try:
+        with np.load(file) as arrays:
+            model = json.loads(str(arrays["about"]))["config"]["model"]
+        return runtime.work_of(model["backbone"], model["width"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return runtime.OTHER  # reading it again says what is wrong with it
+
+
 def replay(args):
-    cli.import_tensorflow()
+    cli.import_tensorflow(work_of_step(args.file))
     from retinanet_keras import commands
 
     return commands.replay(args.file)

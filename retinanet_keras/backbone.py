@@ -182,7 +182,7 @@ class GroupedConv2D(layers.Conv2D):
 
             split = jax.default_backend() == "cpu"
         else:
-            split = self.split or (backend == "tensorflow" and not _grouped_gradients_exist())
+            split = self.split or (backend == "tensorflow" and not _grouped_gradients_exist(self.compute_dtype))
         if split:
             parts = zip(
                 ops.split(inputs, self.groups, axis=-1), ops.split(self.kernel, self.groups, axis=-1), strict=True
@@ -195,21 +195,30 @@ class GroupedConv2D(layers.Conv2D):
         return tf.nn.conv2d(inputs, ops.convert_to_tensor(self.kernel), self.strides, self.padding.upper())
 
 
-@functools.cache
-def _grouped_gradients_exist():
-    """Whether TensorFlow has gradients of grouped convolutions here: on CPUs only oneDNN's kernels have them."""
+_grouped: dict[str, bool] = {}
+
+
+def _grouped_gradients_exist(dtype):
+    """Whether TensorFlow has gradients of grouped convolutions here: on CPUs only some of oneDNN's kernels do."""
     import tensorflow as tf
 
-    shape = (1, 3, 3, 4)
-    with tf.init_scope():  # at once, though a graph is being traced
-        kernel, y = tf.ones((3, 3, 2, 4)), tf.ones(shape)
-        try:
-            tf.raw_ops.Conv2DBackpropInput(
-                input_sizes=shape, filter=kernel, out_backprop=y, strides=[1] * 4, padding="SAME"
+    if dtype not in _grouped:
+        shape, kernel_shape = (1, 3, 3, 4), (3, 3, 2, 4)
+        with tf.init_scope():  # at once, though a graph is being traced
+            if not tf.executing_eagerly():  # within a graph of TensorFlow 1 nothing can be tried
+                return False
+            x, kernel, same = (
+                tf.ones(shape, dtype),
+                tf.ones(kernel_shape, dtype),
+                {"strides": [1] * 4, "padding": "SAME"},
             )
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
-            return False
-    return True
+            try:
+                tf.raw_ops.Conv2DBackpropInput(input_sizes=shape, filter=kernel, out_backprop=x, **same)
+                tf.raw_ops.Conv2DBackpropFilter(input=x, filter_sizes=kernel_shape, out_backprop=x, **same)
+                _grouped[dtype] = True
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+                _grouped[dtype] = False
+    return _grouped[dtype]
 
 
 def split_groups(backbone):

@@ -8,6 +8,7 @@ is finite in value and derivative wherever the logit is. The classes at the end 
 """
 
 import math
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -201,8 +202,10 @@ class SmoothL1Loss(ElementLoss):
         return smooth_l1(y_pred - y_true, self.beta)
 
 
-LOSS_OF = {cross_entropy: CrossEntropyLoss, focal: FocalLoss, focal_star: FocalStarLoss, hinge: HingeLoss}
-LOSS_OF[smooth_l1] = SmoothL1Loss
+LOSS_OF: dict[Callable, type] = {
+    cross_entropy: CrossEntropyLoss, focal: FocalLoss, focal_star: FocalStarLoss, hinge: HingeLoss,
+    smooth_l1: SmoothL1Loss,
+}  # fmt: skip
 
 
 def get(loss):

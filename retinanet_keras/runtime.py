@@ -28,16 +28,16 @@ CHOSEN = "RETINANET_KERAS_CHOSEN"  # what was set here, and not by the user: pro
 KERNELS = "TF_ENABLE_ONEDNN_OPTS"
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-MEMORY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+MEMORY = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 ONEDNN_FLAGS = {"avx512_vnni", "avx512_bf16", "amx_tile"}  # with one of them TensorFlow turns oneDNN on by itself
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_TRAINING, OTHER = "large training", "other"  # what there is to choose kernels for
 
 logger = logging.getLogger("retinanet_keras")
-_told = set()
+_told: set[str] = set()
 
 
-def set_up(work=None):
+def set_up(work: str | None = None) -> None:
     """Apply the defaults that fit this machine. To be called before TensorFlow is imported.
 
     Args:
@@ -45,22 +45,24 @@ def set_up(work=None):
             unknown, which leaves the kernels to TensorFlow.
     """
     if os.environ.get(SWITCH) == "off":
+        for name in _chosen():  # by the process that started this one
+            _choose(name, None)
         return
     keep_freed_memory()
     _choose(LOG_LEVEL, "3")
     if "tensorflow" not in sys.modules:
         threads = cpu_limit()
         for name in THREADS:
-            _choose(name, threads and str(threads))
+            _choose(name, str(threads) if threads else None)
         _choose(KERNELS, preferred_kernels(work))
 
 
-def work_of(backbone, width=64):
+def work_of(backbone: str, width: int = 64) -> str:
     """The kind of work that training a ResNet is, by its name and the channels of its stem."""
     return OTHER if backbone == "resnet18" or width < 64 else LARGE_TRAINING
 
 
-def preferred_kernels(work):
+def preferred_kernels(work: str | None) -> str | None:
     """What `TF_ENABLE_ONEDNN_OPTS` should be for some work: "0", "1", or None where TensorFlow's choice is right."""
     flags = cpu_flags()
     if work is None or not flags or flags & ONEDNN_FLAGS:
@@ -68,7 +70,7 @@ def preferred_kernels(work):
     return "0" if work == LARGE_TRAINING else "1"
 
 
-def tell_if_slow(work):
+def tell_if_slow(work: str) -> None:
     """Log once where TensorFlow was imported with kernels that are slower for some work, and what to do about it."""
     preferred = preferred_kernels(work)
     chosen_by_user = KERNELS in os.environ and KERNELS not in _chosen()
@@ -82,9 +84,10 @@ def tell_if_slow(work):
         )  # fmt: skip
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> bool:
     """Have glibc keep the large blocks that are freed; whether it does. Other C libraries are left as they are."""
-    if any(name in os.environ for name in MEMORY) or platform.libc_ver()[0] != "glibc":
+    tuned = "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if tuned or any(name in os.environ for name in MEMORY) or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     most = 2**31 - 1  # of a C int
@@ -93,7 +96,7 @@ def keep_freed_memory():
     return bool(mapped and mallopt(M_TRIM_THRESHOLD, most))
 
 
-def cpu_limit(root="/sys/fs/cgroup"):
+def cpu_limit(root: str | Path = "/sys/fs/cgroup") -> int | None:
     """The CPUs that a container may use, where it is fewer than it sees; None: no such limit."""
     root = Path(root)
     try:
@@ -105,15 +108,15 @@ def cpu_limit(root="/sys/fs/cgroup"):
     except (OSError, ValueError):  # no cgroups; "max"
         return None
     seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return limit if 0 < limit < seen else None
+    return limit if seen and 0 < limit < seen else None
 
 
-def cpu_flags():
+def cpu_flags() -> set[str]:
     """The features of an x86 processor in Linux's words, such as "avx2"; empty where they cannot be read."""
     return set(_cpuinfo("flags").split())
 
 
-def processor():
+def processor() -> str:
     """The processor's name, its widest vector unit and whether oneDNN is on, for figures that have to name them."""
     flags = cpu_flags()
     widest = next((f for f in ("amx_tile", "avx512_bf16", "avx512_vnni", "avx512f", "avx2") if f in flags), "no AVX2")
@@ -122,7 +125,7 @@ def processor():
     return f"{name}, {os.cpu_count()} CPUs, {widest}, oneDNN {'on' if onednn else 'off'}"
 
 
-def _cpuinfo(field):
+def _cpuinfo(field: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -130,13 +133,13 @@ def _cpuinfo(field):
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == field), "")
 
 
-def _chosen():
+def _chosen() -> dict[str, str]:
     """{variable: value} of what was set here and has not been changed since."""
-    pairs = (pair.split("=", 1) for pair in os.environ.get(CHOSEN, "").split(",") if pair)
+    pairs = (pair.split("=", 1) for pair in os.environ.get(CHOSEN, "").split(",") if "=" in pair)
     return {name: value for name, value in pairs if os.environ.get(name) == value}
 
 
-def _choose(name, value):
+def _choose(name: str, value: str | None) -> None:
     """Set a variable that the user has not set, or, with None, take back what was set here before."""
     chosen = _chosen()
     if name in os.environ and name not in chosen:

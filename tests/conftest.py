@@ -39,18 +39,37 @@ def train_nothing(request):
         yield
 
 
+def five_convolutions(dtype=None):
+    """A Keras model of C1 to C5, with a fraction of the layers of a ResNet, which take long to trace."""
+    import keras
+
+    images = keras.Input((None, None, 3))
+    x, levels = images, {}
+    for level, channels in zip(range(1, 6), (8, 8, 8, 16, 32), strict=True):
+        x = keras.layers.Conv2D(channels, 3, 2, "same", activation="relu", dtype=dtype, name=f"conv{level}")(x)
+        levels[f"c{level}"] = x
+    return keras.Model(images, levels)
+
+
+OF_RESNETS = {"width", "norm", "freeze_at", "weights", "stride_in"}
+
+
 @pytest.fixture(scope="session")
 def small_model():
-    """A function that builds a RetinaNet of some 100,000 weights, the same at every call with the same arguments."""
+    """A function that builds a RetinaNet of some 30,000 weights, the same at every call with the same arguments.
+
+    Its backbone is `five_convolutions`; where a setting of the ResNets is given, a ResNet-18 of some 100,000 weights.
+    """
     import keras
 
     from retinanet_keras import RetinaNet
 
-    def make(num_classes=3, backbone="resnet18", *, seed=0, **settings):
+    def make(num_classes=3, backbone=None, *, seed=0, **settings):
         keras.utils.set_random_seed(seed)
-        return RetinaNet(
-            num_classes, backbone, **{"width": 8, "fpn_channels": 16, "head_depth": 1, "norm": "group", **settings}
-        )
+        settings = {"fpn_channels": 16, "head_depth": 1, **settings}
+        if backbone is None and not OF_RESNETS & set(settings):
+            return RetinaNet(num_classes, five_convolutions(settings.get("dtype")), **settings)
+        return RetinaNet(num_classes, backbone or "resnet18", **{"width": 8, "norm": "group", **settings})
 
     return make
 

@@ -181,11 +181,13 @@ def test_a_grouped_convolution_is_split_only_where_tensorflow_has_no_gradient_of
 
     @tf.function
     def exists_in_a_graph():
-        return tf.constant(backbones._grouped_gradients_exist())
+        return tf.constant(backbones._grouped_gradients_exist("float32"))
 
-    backbones._grouped_gradients_exist.cache_clear()
+    backbones._grouped.clear()
+    with tf.Graph().as_default():
+        assert not backbones._grouped_gradients_exist("float32")  # nothing can be tried there
     exists = bool(exists_in_a_graph())
-    assert exists == backbones._grouped_gradients_exist()
+    assert exists == backbones._grouped_gradients_exist("float32")
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(tf.nn.conv2d(x, kernel, 1, "SAME"))
     try:
@@ -194,6 +196,16 @@ def test_a_grouped_convolution_is_split_only_where_tensorflow_has_no_gradient_of
     except tf.errors.InvalidArgumentError:
         differentiable = False
     assert exists == differentiable
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_a_grouped_convolution_has_a_gradient_in_every_precision(dtype):
+    """On a processor that does not compute the type oneDNN leaves it to a kernel without groups."""
+    layer = backbones.GroupedConv2D(32, 3, 1, "same", groups=8, use_bias=False, dtype=dtype)
+    x = tf.random.stateless_normal((1, 6, 6, 16), (0, 1))
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(tf.cast(layer(x), "float32") ** 2)
+    assert tf.reduce_all(tf.abs(tape.gradient(total, layer.kernel.value)) > 0)
 
 
 @pytest.mark.slow

@@ -131,12 +131,13 @@ def test_the_optimizer_of_a_configuration_takes_the_step(small_model):
         np.testing.assert_allclose(variable.numpy(), old - 0.01 * gradient, atol=2e-7, err_msg=variable.path)
 
 
-def test_several_steps_per_execution_are_the_same_steps(small_model):
+@pytest.mark.parametrize("settings", [{}, pytest.param({"norm": "batch"}, marks=pytest.mark.slow)])
+def test_several_steps_per_execution_are_the_same_steps(small_model, settings):
     """Seven, by three."""
     data = tf.data.Dataset.from_tensors(batch()).repeat(7)
     ends = []
     for steps in (1, 3):
-        model = compiled(small_model, norm="batch", steps_per_execution=steps, check_finite=True)
+        model = compiled(small_model, steps_per_execution=steps, check_finite=True, **settings)
         calls = []
         count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs, calls=calls: calls.append(batch))
         logged = model.fit(data, callbacks=[count], verbose=0).history
@@ -174,7 +175,7 @@ def test_how_keras_runs_a_model_is_saved_with_it(small_model, tmp_path):
     assert again.run_eagerly and again.steps_per_execution == 3 and again.mining == mining
 
 
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("scaled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_auto_scale_loss(small_model, tmp_path, scaled):
     model = compiled(small_model, dtype="mixed_float16", auto_scale_loss=scaled)
     model.train_on_batch(*batch())

@@ -71,13 +71,14 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_config, data_dir, finished, t
             raise MemoryError("killed")
         seen(self, batch, logs)
 
+    config = tiny_config(data_dir, eval={"every": 0, "keep": "last"})
     monkeypatch.setattr(callbacks.Log, "on_train_batch_end", kill_at_five)
     with pytest.raises(MemoryError):
-        run.train(tiny_config(data_dir), folder.path)
+        run.train(config, folder.path)
     monkeypatch.undo()
     with open(folder.log_file, "a") as file:
         file.write("5,9,9,9,9,9,9,9,9,,\n6,0.5,1.2e-")  # a row of the step that was lost, and one cut off
-    run.train(tiny_config(data_dir), folder.path)
+    run.train(config, folder.path)
     assert "Going on from step 4 of 6" in capsys.readouterr().out
     for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -116,9 +117,9 @@ def test_what_may_change_between_starts_is_told(tiny_config, data_dir, finished,
 def test_the_time_left_is_estimated_from_steps_alone(tiny_config, data_dir, tmp_path):
     """Not from tracing nor from an evaluation, made half a second long each here."""
     checkpoints = types.SimpleNamespace(step=0)
+    start = time.perf_counter()
     log = callbacks.Log(RunFolder(tmp_path), tiny_config(data_dir), checkpoints)
     log.set_model(types.SimpleNamespace(optimizer=types.SimpleNamespace(learning_rate=0.1)))
-    start = time.perf_counter()
     for _ in range(2):
         log.on_train_begin()
         time.sleep(0.5)

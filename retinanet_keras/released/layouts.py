@@ -56,7 +56,10 @@ class Layout:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-TORCH = {"suffixes": (".weight", ".bias"), "norm": (".weight", ".bias", ".running_mean", ".running_var")}
+TORCH: dict[str, Any] = {
+    "suffixes": (".weight", ".bias"),
+    "norm": (".weight", ".bias", ".running_mean", ".running_var"),
+}
 
 DETECTRON = Layout(
     name="Detectron", mark="retnet_", suffixes=("_w", "_b"), norm=("_s", "_b"),

@@ -97,7 +97,7 @@ class _Storage(NamedTuple):
     key: object
     numel: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not used
 
     @property
     def dtype(self):

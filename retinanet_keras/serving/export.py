@@ -35,7 +35,7 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
     Returns:
         the path of the SavedModel.
     """
-    if tf.as_dtype(precision or model.compute_dtype) == tf.bfloat16 and (ratio := inference.bfloat16_time()) > 1:
+    if tf.as_dtype(precision or model.compute_dtype) == tf.bfloat16 and (ratio := inference.bfloat16_time()) > 1.1:
         logger.warning(
             "A matrix product in bfloat16 takes %.1f times as long as in float32 on this machine, which has just timed "
             "both: here the export will be slower than one in float32. It is right for a machine whose processor "
