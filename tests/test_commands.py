@@ -46,7 +46,7 @@ def run_copy(finished, tmp_path):
             "Did you mean train.iterations?",
         ),
         (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
-        (["train.py", "--config", "README.md"], "is not JSON: line 1"),
+        (["train.py", "--config", "README.md"], "is not valid JSON: line 1"),
         (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
         pytest.param(  # it imports TensorFlow, as the next one does
             ["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"],
