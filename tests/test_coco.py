@@ -147,8 +147,8 @@ def test_messages_hold_names_as_short_text(load):
 
 
 VALUES = st.sampled_from([
-    None, True, False, 0, -1, 20, 10**400, 2**63, 1.5, float("nan"), float("inf"), 1e308, "", "20", "\ud800", [], {}, [1],
-    [0, 0, 5, 5], [0, 0, True, 5], [0, 0, 1e308, 1e308], "x" * 1000,
+    None, True, False, 0, -1, 20, 10**400, 2**63, 1.5, float("nan"), float("inf"), 1e308, "", "20", "\ud800",
+    [], {}, [1], [0, 0, 5, 5], [0, 0, True, 5], [0, 0, 1e308, 1e308], "x" * 1000,
 ])  # fmt: skip
 
 

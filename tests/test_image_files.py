@@ -1,4 +1,4 @@
-"""Image files that must not be opened or decoded: named pipes, giants, names that no disk has; refused at every door."""
+"""Image files that must not be opened or decoded are refused at every door: named pipes, giants; files of any name."""
 
 import io
 import logging
