@@ -105,7 +105,7 @@ def _find(config, folder):
     return next((place for place in places if place.is_dir()), None)
 
 
-def _tree(file, *keys):
+def lists_of(file, *keys):
     """The JSON object of one of COCO's files; a DataError where it lacks a list, or an entry what joining needs."""
     tree = coco.read(file)
     for key in keys:
@@ -136,10 +136,10 @@ def _from_2014(config, name):
     if target.is_file() and coco.read(target).get("made_of") == made_of:
         return target
 
-    minival = {image["id"] for image in _tree(ids_file, "images")["images"]}
+    minival = {image["id"] for image in lists_of(ids_file, "images")["images"]}
     images, annotations, categories = [], [], []
     for year in ["val2014"] if name == "val2017" else ["train2014", "val2014"]:
-        folder, tree = folders[year], _tree(files[year], "images", "annotations", "categories")
+        folder, tree = folders[year], lists_of(files[year], "images", "annotations", "categories")
         if folder is None:
             raise DataError(f"{name} from COCO's files of 2014: there is no folder {Path(config.dir) / year}")
         kept = {i["id"] for i in tree["images"] if year == "train2014" or (i["id"] in minival) == (name == "val2017")}
