@@ -10,6 +10,7 @@ from retinanet_keras.config import Config
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.data.listing import image_files
+from retinanet_keras.printable import printable
 from retinanet_keras.results import draw, table
 from retinanet_keras.serving import detector
 from retinanet_keras.serving import onnx as onnx_file
@@ -31,9 +32,10 @@ def detect(model, images, to, min_score):
     Returns:
         0, or 1 where an image could not be read; the others are done all the same.
     """
-    files = image_files(images)
+    files, max_pixels = image_files(images), Config().data.max_pixels
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
+        max_pixels = config.data.max_pixels
         search, categories = detector.of_model(net, config), Categories.from_list(net.categories)
     elif Path(model).suffix == ".keras":
         net = trained.of_file(model, "--model")
@@ -44,9 +46,9 @@ def detect(model, images, to, min_score):
     print(table.HEADER)
     for path, name in files:
         try:
-            pixels = sources.read_image(path)
+            pixels = sources.read_image(path, max_pixels)
         except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
             failed = 1
             continue
         boxes, scores, labels = detector.detections_of(search, pixels)

@@ -37,6 +37,7 @@ def originals():
                 "JPEG": ("RGB", "L", "CMYK"),
                 "PNG": ("RGB", "RGBA", "P", "I;16"),
                 "WEBP": ("RGB", "RGBA"),
+                "BMP": ("RGB", "RGBA", "P", "1"),
             }.get(kind, ("RGB",)):
                 buffer = io.BytesIO()
                 options = {"JPEG": {"progressive": seed == 1}, "WEBP": {"lossless": seed == 1}}.get(kind, {})

@@ -1,8 +1,10 @@
 """The commands as a user types them, and what they answer to bad input."""
 
+import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +48,7 @@ def run_copy(finished, tmp_path):
             "Did you mean train.iterations?",
         ),
         (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
-        (["train.py", "--config", "README.md"], "is not JSON: line 1"),
+        (["train.py", "--config", "README.md"], "is not valid JSON: line 1"),
         (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
         pytest.param(  # it imports TensorFlow, as the next one does
             ["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"],
@@ -199,6 +201,27 @@ def test_detect_reads_every_kind_of_image_and_goes_on_past_broken_ones(run_copy,
         ]
         assert drawn == {f"{name}.png" for name in names}
         assert Image.open(to / "rgb.jpg.png").size == (80, 60)
+
+
+def test_detect_takes_any_name_and_no_giant(small_model, tmp_path, capsys):
+    categories = [{"label": i, "id": i + 1, "name": f"\x1b[3{i}m"} for i in range(3)]
+    model = small_model(categories=categories, prior=0.3, detection=DetectionConfig(score_threshold=0.0))
+    model.save(tmp_path / "model.keras")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = ["a" * 251 + ".png", "\x1b[2J\udcff.png"]
+    for name in names:
+        Image.new("RGB", (80, 60)).save(folder / name)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "BMP")
+    giant = bytearray(buffer.getvalue())
+    giant[18:26] = struct.pack("<ii", 100_000, 100_000)
+    (folder / "giant \x1b[2J.bmp").write_bytes(giant)
+    assert commands.detect(tmp_path / "model.keras", [folder], tmp_path / "out", min_score=0.0) == 1
+    output = capsys.readouterr()
+    assert r"giant \x1b[2J.bmp has 10,000,000,000 pixels by its header, more than data.max_pixels" in output.err
+    assert "\x1b" not in output.out + output.err and r"\x1b[2J\xff.png" in output.out and r"\x1b[30m" in output.out
+    assert len(list((tmp_path / "out").iterdir())) == len(names)
 
 
 def test_detect_prints_the_same_table_for_a_run_and_its_export(run_copy, tmp_path, capsys):

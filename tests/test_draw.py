@@ -1,5 +1,7 @@
 """Pictures: the pixels that carry meaning."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,6 +85,21 @@ def test_tags_avoid_each_other(tags):
 def test_a_long_name_is_shortened_before_its_score(tags):
     draw.draw_boxes(blank(100, 90), [[10, 50, 60, 90]], [2], NAMES, [0.87])
     assert 60 < tags[0][2] - tags[0][0] <= 90
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 100_000, "\x1b" * 100_000, " " * 100_000 + "x", "half \ud800", "a\nb\0c", "\u202e"]
+)
+def test_any_name_is_drawn_soon(tags, name):
+    boxes = np.tile([[10, 50, 60, 90]], (20, 1))
+    start = time.perf_counter()
+    draw.draw_boxes(blank(), boxes, [0] * 20, (name,), [0.87] * 20)
+    assert len(tags) == 20 and time.perf_counter() - start < 5  # it took minutes
+
+
+def test_controls_in_names_are_drawn_as_text():
+    found = [draw.draw_boxes(blank(), [[10, 50, 200, 90]], [0], (name,)) for name in ("a\x1b[31mb", r"a\x1b[31mb")]
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_tiny_image_has_no_tags(tags):
@@ -193,6 +210,15 @@ def test_grid_chooses_columns():
     assert draw.grid([blank()]).shape == (240 + 16, 320 + 16, 3)
     height, width = draw.grid([blank()] * 16).shape[:2]
     assert 1 < width / height < 2
+
+
+def test_names_too_long_for_a_file_are_shortened_apart(tmp_path):
+    names = ["a" * 251 + ".jpg.png", "a" * 250 + "b.jpg.png", "ß" * 125 + ".jpg.png", "b.png"]
+    for i, name in enumerate(names):
+        draw.save(tmp_path / name, blank() + np.uint8(i))
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert len(written) == 4 and "b.png" in written and all(name.endswith(".png") for name in written)
+    assert max(len(name.encode()) for name in written) <= 255
 
 
 def test_save_by_suffix(tmp_path):

@@ -8,8 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras.data import sources
-from retinanet_keras.serving import headers
+from retinanet_keras.data import headers, sources
 
 WIDTH, HEIGHT = 301, 87
 SAVED = {
@@ -62,7 +61,8 @@ def test_a_header_that_is_cut_off_is_small_or_an_error(pixels, data):
 
 def test_a_giant_is_refused_by_its_header_alone():
     """Its 10 gigapixels would be 30 GB."""
-    check = tf.function(lambda data: headers.checked(data, 1_000_000), autograph=False)
+    text = tf.TensorSpec([], tf.string)
+    check = tf.function(lambda data: headers.checked(data, 1_000_000), input_signature=[text], autograph=False)
     giants = {
         "png": (encoded("PNG"), 16, ">II"), "bmp": (encoded("BMP"), 18, "<ii"), "gif": (animation(1), None, "<HH"),
         "extended": (encoded("WEBP", exif=b"Exif\0\0MM"), None, ""),

@@ -75,6 +75,20 @@ def test_the_files_of_2014_hold_the_same_splits(files, tmp_path, split):
             sources.open_split(config, split)
 
 
+@pytest.mark.parametrize("damage, words", [
+    ({"images": None}, "'images', each with id and file_name"), ({"images": [{"id": 1}]}, "'images', each with id"),
+    ({"annotations": [3]}, "'annotations', each with image_id"), ({"categories": {}}, "'categories'. Fetch"),
+])  # fmt: skip
+def test_damaged_files_of_2014_are_told(files, tmp_path, damage, words):
+    miniature.layout_2014(tmp_path)
+    val2017 = (files / "annotations/instances_val2017.json").read_bytes()
+    (tmp_path / "annotations/instances_val2017.json").write_bytes(val2017)
+    damaged = tmp_path / "annotations/instances_val2014.json"
+    damaged.write_text(json.dumps({**json.loads(damaged.read_text()), **damage}))
+    with pytest.raises(DataError, match=f"instances_val2014.json: expected a list of objects under {words}"):
+        sources.open_split(data_config(tmp_path), "minival")
+
+
 def test_a_split_that_is_nowhere_is_refused_with_what_was_looked_for(tmp_path):
     with pytest.raises(DataError, match=r"minival: expected .*instances_minival.json, or COCO's .*val2017.json"):
         sources.open_split(data_config(tmp_path), "minival")

@@ -91,7 +91,7 @@ def _prepare(config, split):
         return official, index, ()
     val2017 = splits.annotation_file(config, "val2017")
     if pools is POOLS["coco/2014"] and name == "train2017" and val2017.is_file():
-        return derived, index, {image["id"] for image in coco.read(val2017)["images"]}
+        return derived, index, {image["id"] for image in splits.lists_of(val2017, "images")["images"]}
     if name in pools and (name.startswith("test") or pools is POOLS["coco/2014"]):
         raise DataError(
             f"{split} of {config.name}: which images of the set's {pool} belong to it is said by COCO's own file, "
@@ -204,11 +204,11 @@ def _go_through(builder, parts, derived):
                     example = features.deserialize_example_np(record, decoders={"image": tfds.decode.SkipDecoding()})
                     encoded = example["image"]
                     image_id = int(example["image/id"]) if own_ids else len(images) + 1
-                    file_name = example.get("image/filename", b"").decode() or str(image_id)
+                    file_name = example.get("image/filename", b"").decode("utf-8", "backslashreplace") or str(image_id)
                     try:
                         with Image.open(io.BytesIO(encoded)) as image:  # reads the header
                             width, height = image.size
-                    except OSError as error:
+                    except (OSError, Image.DecompressionBombError) as error:
                         raise DataError(
                             f"{part.filename}: image {image_id} ({file_name}) cannot be read: {first_line(error)}. "
                             "Prepare the set again"

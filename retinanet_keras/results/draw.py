@@ -5,11 +5,15 @@ Images are uint8 RGB [H, W, 3]; boxes are absolute `x1, y1, x2, y2` in their pix
 
 import colorsys
 import math
+import os
+import zlib
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from retinanet_keras.printable import printable
 
 # Okabe and Ito's colours, which people with any form of colour blindness can tell apart; black is left out, for
 # pictures are dark in places.
@@ -19,6 +23,9 @@ PALETTE = (
 NO_CLASS = PALETTE[5]
 CAPTION = (60, 60, 60)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+LONGEST = 80  # characters of a name in a tag
+SEEN = 4 * LONGEST  # characters of a name that are looked at, spaces and all
+MOST_BYTES = 255  # of a file's name, on most systems
 PANEL_SIDES = (320, 1600)  # least and largest longer side of a panel of `side_by_side`, in pixels
 
 
@@ -176,13 +183,25 @@ def grid(images, columns=None, cell=None):
 
 
 def save(path, image):
-    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, making its folder."""
+    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, making its folder.
+
+    A name that is longer than file systems take, as an image's with a further suffix may be, is shortened.
+    """
     path = Path(path)
     options = {".png": {}, ".jpg": {"quality": 92}, ".jpeg": {"quality": 92}}.get(path.suffix.lower())
     if options is None:
         raise ValueError(f"Expected a path that ends in .png, .jpg or .jpeg, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_checked(image)).save(path, **options)
+    Image.fromarray(_checked(image)).save(_short(path), **options)
+
+
+def _short(path):
+    """The path with a name of at most MOST_BYTES; a shortened one ends in a sum of the whole, so that none collide."""
+    name = os.fsencode(path.name)
+    if len(name) <= MOST_BYTES:
+        return path
+    end = f"-{zlib.crc32(name):08x}{path.suffix}"
+    return path.with_name(name[: MOST_BYTES - len(end)].decode("utf-8", "ignore") + end)
 
 
 def _checked(image):
@@ -197,7 +216,7 @@ def _checked(image):
 
 def _tag_size(canvas, font, words, columns, rows):
     """(text, width, height) of a tag, shortened until it fits the image, or None where the image is too small."""
-    words = [" ".join(str(word).split()) for word in words]
+    words = [printable(" ".join(str(word)[:SEEN].split()), LONGEST) for word in words]
     shorter = [" ".join(words)]
     if len(words) == 2:
         name, score = words
