@@ -18,7 +18,7 @@ TABLE = (
     ("runtime",),
     ("errors",),
     ("storage", "strict_json"),
-    ("settings",),
+    ("identity", "settings"),
     ("config",),
     ("boxes",),
     ("nms",),

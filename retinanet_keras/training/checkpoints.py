@@ -108,6 +108,18 @@ def load_run(workdir, config=None):
         (config, model): the model has the weights `eval.keep` asks for.
 
     Raises:
+        RunError: as `load_trained`.
+    """
+    return load_trained(workdir, config)[:2]
+
+
+def load_trained(workdir, config=None):
+    """The trained model of a run, and the step that its weights are of. Arguments as for `load_run`.
+
+    Returns:
+        (config, model, step).
+
+    Raises:
         RunError: where there is no run, or none with a checkpoint.
     """
     folder = RunFolder(workdir)
@@ -120,7 +132,8 @@ def load_run(workdir, config=None):
             load_weights(model, folder.best_weights)
         except (OSError, ValueError) as error:
             raise RunError(f"{folder.best_weights} cannot be read ({first_line(error)}). Train the run again") from None
-        return config, model
-    if not Checkpoints(model, folder, config.train.keep_checkpoints, optimizer=False).restore():
+        return config, model, folder.best()["step"]
+    step = Checkpoints(model, folder, config.train.keep_checkpoints, optimizer=False).restore()
+    if not step:
         raise RunError(f"The run in {folder.path} has no checkpoint yet. Run train.py for it first")
-    return config, model
+    return config, model, step

@@ -29,7 +29,7 @@ def score(records, dataset, config):
     )
 
 
-def write(folder, records, dataset, config, split, about, speed=None):
+def write(folder, records, dataset, config, split, about, speed=None, identity=None):
     """Score, and write results.json, metrics.json, report.html and pictures; without labels, what a server takes.
 
     Args:
@@ -38,6 +38,7 @@ def write(folder, records, dataset, config, split, about, speed=None):
         split: its name, for the report and the submission.
         about: {"model": its name, ...: further text for the report}.
         speed: as of `evaluator.milliseconds`.
+        identity: dict, JSON-able. Added to the metrics: their "step", "weights" and "settings".
 
     Returns:
         the metrics; None where the dataset has no labels.
@@ -50,7 +51,7 @@ def write(folder, records, dataset, config, split, about, speed=None):
         records.write(folder / "results.json")
         metrics = None
         if dataset.labelled:
-            metrics = score(records, dataset, config)
+            metrics = score(records, dataset, config) | (identity or {})
             about = {**about, "annotations": dataset.annotation_file}
             write_scored(folder, metrics, records, dataset, config, split, about, speed)
         else:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from retinanet_keras.data import coco, inspection, sources
+from retinanet_keras.identity import identity
 from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.training import callbacks, evaluator, outputs, strategies
@@ -153,14 +154,17 @@ def _validate(model, config, folder, log, validation, step):
 
 def _finish(model, config, folder, test_set, began):
     """Results, pictures, the export and a summary."""
+    step = config.train.iterations
     if config.eval.keep == "best" and folder.best():
+        step = folder.best()["step"]
         load_weights(model, folder.best_weights)
         print("The best weights were those of step {step}, AP {AP:.3f}".format(**folder.best()))
     split, speed = config.data.test_split or config.data.val_split, {}
     out = folder.evaluation(split)
     records = outputs.collect(evaluator.detect_split(model, test_set, config, speed=speed), test_set)
     about = {"model": folder.path.name, "weights": str(folder.path)}
-    metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed))
+    known = {"step": step, **identity(model, config, split)}
+    metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed), known)
     curves.training_curves(folder.log_rows(), folder.curves_file)
     measured = {split: metrics} if metrics else None
     export_dir = export_model(model, config, folder.export, version=1, metrics=measured)
