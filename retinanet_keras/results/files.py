@@ -2,38 +2,32 @@
 
 import collections
 import contextlib
-import json
 import math
 import numbers
-import os
 from pathlib import Path
 
+from retinanet_keras import storage, strict_json
 from retinanet_keras.data.coco import DataError
 
 
 def read_json(path):
     """The tree of a JSON file, or a DataError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return strict_json.read(path, strict=False)
     except (OSError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except strict_json.JsonError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
 @contextlib.contextmanager
 def replacing(path):
     """A text file to write into that takes the path's place at the end; after an error the earlier file stays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same disk, so that replacing is one step
-    try:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with storage.replacing(path) as partial:
         # JSON may name half a character; as an escape it is JSON again.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_entries(entries, keys, where):
