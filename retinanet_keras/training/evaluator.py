@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import time
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from retinanet_keras.data import coco, pipeline, sources
 from retinanet_keras.serving import inference
+from retinanet_keras.training.fingerprint import fingerprint
 
 PARTS = ("input", "network", "post_processing")  # of the time of an image
 
@@ -168,9 +168,9 @@ def depends_on(dataset, config, weights, model):
     """
     data = config.data
     return {
-        "annotations": dataset.annotation_file, "images": hashlib.sha256(dataset.image_ids).hexdigest(),
-        "sizes": [data.short_side, data.max_side], "batch": config.eval.batch_size,
-        "detection": config.to_dict()["detection"], "model": model, "weights": weights,
+        "annotation_file": dataset.annotation_file, "dataset": fingerprint(dataset),
+        "image_sizes": [data.short_side, data.max_side], "batch_size": config.eval.batch_size,
+        "detection_settings": config.to_dict()["detection"], "model": model, "weights": weights,
     }  # fmt: skip
 
 
