@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import tensorflow as tf
-from google.protobuf.message import DecodeError
 
 from retinanet_keras import storage
 from retinanet_keras.errors import first_line
@@ -14,9 +13,7 @@ from retinanet_keras.training.folder import RunError, RunFolder, build_model, lo
 
 logger = logging.getLogger("retinanet_keras")
 # What TensorFlow raises where a checkpoint is damaged, or of another model.
-UNREADABLE = (
-    tf.errors.OpError, AssertionError, ValueError, IndexError, RuntimeError, TypeError, OSError, DecodeError
-)  # fmt: skip
+UNREADABLE = (tf.errors.OpError, AssertionError, ValueError, IndexError)
 
 
 class Checkpoints:
