@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 
 from retinanet_keras import runtime
@@ -54,6 +55,7 @@ def run_command(main):
         sys.exit(2)
     except Interrupted as stop:
         print(f"{stop.name}: {printable(stop, keep=LAYOUT)}", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process even where a read hangs
         sys.exit(stop.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -261,9 +261,9 @@ class DetectionConfig:
     """§4.1, Inference."""
 
     score_threshold: float = setting(0.05, "§4.1", "confidence a detection must exceed", at_least=0, at_most=1)
-    pre_nms_top_k: int = setting(1000, "§4.1", "best predictions decoded per level", at_least=1)
+    pre_nms_top_k: int = setting(1000, "§4.1", "best predictions decoded per level", at_least=1, at_most=10**6)
     nms_iou: float = setting(0.5, "§4.1", "threshold of non-maximum suppression", at_least=0, at_most=1)
-    max_detections: int = setting(100, DETECTRON, "detections kept per image", at_least=1)
+    max_detections: int = setting(100, DETECTRON, "detections kept per image", at_least=1, at_most=10**5)
     clip: str = setting(
         "before_nms", DETECTRON, "when boxes are cut to the image; inclusive: Detectron's pixels, also before",
         choices=("before_nms", "after_nms", "inclusive"),
@@ -283,7 +283,7 @@ class EvalConfig:
     keep: str = setting(
         "last", "§4.1: the trained model", "weights evaluated and exported at the end", choices=("last", "best")
     )
-    pictures: int = setting(16, OURS, "images drawn", at_least=0)
+    pictures: int = setting(16, OURS, "images drawn", at_least=0, at_most=1000)
     library: str = setting(
         "pycocotools", "COCO's own", "what scores; hotcoco gives the same numbers, bit for bit, in less time",
         choices=("pycocotools", "hotcoco"),
@@ -295,8 +295,8 @@ class ServingConfig:
     """The SavedModel."""
 
     max_pixels: int = setting(
-        MAX_PIXELS, OURS, "encoded images with more are refused by exports before they are decoded",
-        at_least=1, at_most=2**40,
+        MAX_PIXELS, OURS, "encoded images with more are refused by exports before they are decoded; 3 bytes each, 9 in "
+        "progressive JPEGs", at_least=1, at_most=2**31 - 1,
     )  # fmt: skip
     license: str = setting("", OURS, "of the weights, for the model card; empty: not stated")
 

@@ -1,18 +1,20 @@
 """`evaluate.py`: what is to be scored, on which images, and where the results go. All is checked before it begins."""
 
+import contextlib
 import functools
 from pathlib import Path
 
-from retinanet_keras import trained
+from retinanet_keras import storage, trained
 from retinanet_keras.config import StrategyConfig, load_config
 from retinanet_keras.data import coco, inspection, sources
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.errors import UserError
+from retinanet_keras.identity import identity
 from retinanet_keras.results import evaluation
 from retinanet_keras.results.records import Records
 from retinanet_keras.serving import detector
-from retinanet_keras.training import evaluator, outputs, strategies
-from retinanet_keras.training.checkpoints import load_run
+from retinanet_keras.training import callbacks, evaluator, outputs, strategies
+from retinanet_keras.training.checkpoints import load_trained
 from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
 from retinanet_keras.training.unfinished import Unfinished
 
@@ -51,32 +53,50 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
     split = split or settings.data.test_split or settings.data.val_split
     # Only the run's own weights write to the run's own results.
     out = folder.evaluation(f"{split}-{Path(given).name}" if given else split)
-    if results:
-        return _of_results(Path(results), settings, split, out)
+    outputs.check(out)
+    with callbacks.Signals() as signals:
+        if results:
+            return _of_results(Path(results), settings, split, out)
 
-    asked = any(override.startswith("strategy.") for override in overrides)
-    if asked and settings.strategy.kind == "workers":
-        raise RunError('strategy.kind: "workers" train together; expected "auto", "default" or "mirrored" to evaluate')
-    strategy = strategies.make(settings.strategy if asked else StrategyConfig())
-    # The model first: what is wrong with it should not be heard of after the download of a dataset.
-    detector_of, categories, state = _detector(strategy, folder, settings, split, weights, export)
-    dataset = sources.open_split(settings.data, split)
-    evaluator.check_categories(dataset, categories)
-    inspection.check_files(dataset)
-
-    identity = evaluator.identity(dataset, settings, *state)
-    unfinished, speed = Unfinished(out / "unfinished.jsonl", identity), {}
-    if unfinished.batches:
-        print(f"Going on after {sum(map(len, unfinished.batches))} of {len(dataset)} images", flush=True)
-    records = outputs.collect(detector_of(dataset, settings, unfinished=unfinished, speed=speed), dataset)
-    about = {"model": Path(given or workdir).name, "weights": str(given or workdir)}
-    milliseconds = evaluator.milliseconds(speed)
-    metrics = outputs.write(out, records, dataset, settings, split, about, milliseconds)
-    unfinished.finish()
+        asked = any(override.startswith("strategy.") for override in overrides)
+        if asked and settings.strategy.kind == "workers":
+            raise RunError(
+                'strategy.kind: "workers" train together; expected "auto", "default" or "mirrored" to evaluate'
+            )
+        strategy = strategies.make(settings.strategy if asked else StrategyConfig())
+        # The model first: what is wrong with it should not be heard of after the download of a dataset.
+        detector_of, categories, state, known = _detector(strategy, folder, settings, split, weights, export)
+        dataset = sources.open_split(settings.data, split)
+        evaluator.check_categories(dataset, categories)
+        inspection.check_files(dataset)
+        about = {"model": Path(given or workdir).name, "weights": str(given or workdir)}
+        with _alone(out):
+            depends_on = evaluator.depends_on(dataset, settings, *state)
+            unfinished, speed = Unfinished(out / "unfinished.jsonl", depends_on), {}
+            signals.saved = lambda: (
+                f"{unfinished.images} of {len(dataset)} images are kept. Run the same command again: it goes on"
+            )
+            if unfinished.batches:
+                print(f"Going on after {unfinished.images} of {len(dataset)} images", flush=True)
+            records = outputs.collect(detector_of(dataset, settings, unfinished=unfinished, speed=speed), dataset)
+            milliseconds = evaluator.milliseconds(speed)
+            metrics = outputs.write(out, records, dataset, settings, split, about, milliseconds, known)
+            unfinished.finish()
     if milliseconds:
         parts = (f"{name} {value:.1f}" for name, value in milliseconds.items() if name in evaluator.PARTS)
         print(f"milliseconds an image: {', '.join(parts)}")
     return _told(metrics, out)
+
+
+@contextlib.contextmanager
+def _alone(out):
+    """Make the folder of an evaluation, and keep others out of it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written ({error.strerror or error})") from None
+    with storage.locked(out, "evaluating"):
+        yield
 
 
 def _of_results(file, settings, split, out):
@@ -94,7 +114,8 @@ def _of_results(file, settings, split, out):
     except coco.DataError:
         dataset = None
     about = {"model": file.name, "results": str(file), "annotations": str(annotations)}
-    outputs.write_scored(out, metrics, records, dataset, settings, split, about)
+    with _alone(out):
+        outputs.write_scored(out, metrics, records, dataset, settings, split, about)
     return _told(metrics, out)
 
 
@@ -126,25 +147,26 @@ def _detector(strategy, folder, settings, split, weights, export):
 
     Returns:
         a function of (dataset, config, ...) as `evaluator.detect_split`; Categories; (weights, model) as of
-        `evaluator.identity`.
+        `evaluator.depends_on`; what metrics.json says of a model, {"step", "weights", "settings"}.
     """
     if export:
         path = trained.saved_model(export)
         search, categories = detector.of_export(path)
         files = (path / "saved_model.pb", *sorted(path.glob("variables/*")))
         state = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-        return functools.partial(evaluator.detect_split_by_export, search), categories, (state, str(path))
+        return functools.partial(evaluator.detect_split_by_export, search), categories, (state, str(path)), {}
+    step = None
     with strategy.scope():
         if not weights:
-            model = load_run(folder.path, settings)[1]
+            _, model, step = load_trained(folder.path, settings)
         elif Path(weights).suffix == ".keras":
             model = trained.of_file(weights, "--weights")
         else:
             model = trained.of_weights(weights, settings, split, "--weights")
-    arrays = [variable.numpy() for variable in model.weights]
-    settings = {name: value for name, value in model.get_config().items() if name != "name"}  # Keras counts those
-    about = {"model": str(settings), "precision": model.compute_dtype}
-    return functools.partial(evaluator.detect_split, model), Categories.from_list(model.categories), (arrays, about)
+    known = {"step": step, **identity(model, settings, split)}
+    built = {name: value for name, value in model.get_config().items() if name != "name"}  # Keras counts those
+    about = known["weights"], {"model": str(built), "precision": model.compute_dtype}
+    return functools.partial(evaluator.detect_split, model), Categories.from_list(model.categories), about, known
 
 
 def _told(metrics, out):

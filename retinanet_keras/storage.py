@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -130,7 +131,7 @@ class _Made:
 
 
 @contextlib.contextmanager
-def locked(folder, doing):
+def locked(folder, doing, *, name=LOCK, waiting=None):
     """Hold a folder for this process alone. The end of the process, however it comes, lets go of it.
 
     Where the file system has no locks a warning says so, once for each folder, and the block runs all the same.
@@ -138,11 +139,16 @@ def locked(folder, doing):
     Args:
         folder: a folder that exists.
         doing: what this process does there, for the message to others, such as "training".
+        name: of the lock's file; locks of different names exclude nobody.
+        waiting: None, or a function that is given the holder before the lock is waited for.
+
+    Yields:
+        the file descriptor of the lock; a child process that inherits it holds the folder, too, until it ends.
 
     Raises:
-        InUse: where another process holds it.
+        InUse: where another process holds it, and `waiting` is None.
     """
-    path = Path(folder, LOCK)
+    path = Path(folder, name)
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             if fcntl is None:
@@ -151,10 +157,13 @@ def locked(folder, doing):
         except BlockingIOError:
             file.seek(0)
             holder = file.read(500).strip() or "another process"
-            raise InUse(
-                f"{folder} is in use: {holder}. Two at once would overwrite each other's files. Wait for it to end, "
-                "stop it, or use another folder"
-            ) from None
+            if waiting is None:
+                raise InUse(
+                    f"{folder} is in use: {holder}. Two at once would overwrite each other's files. Wait for it to "
+                    "end, stop it, or use another folder"
+                ) from None
+            waiting(holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s): take care that no other process works in it", folder, error.strerror or error
@@ -165,7 +174,16 @@ def locked(folder, doing):
             f"{doing}, process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         )
         file.flush()
-        yield
+        yield file.fileno()
+
+
+def set_aside(path):
+    """Rename a damaged file to the first free of NAME.damaged, NAME.damaged-2, ...; the new path."""
+    path = Path(path)
+    for number in itertools.count(1):
+        place = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
+        if not place.exists():
+            return path.rename(place)
 
 
 def digest(*parts):

@@ -54,7 +54,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeyp
     with pytest.raises(KeyboardInterrupt):
         evaluate("c.json", workdir=run_copy, split="train")
     unfinished = run_copy / "eval/train/unfinished.jsonl"
-    done = [[one[0] for one in json.loads(line)] for line in unfinished.read_text().splitlines()[1:]]
+    done = [[one[0] for one in json.loads(line.split(" ", 1)[1])] for line in unfinished.read_text().splitlines()[1:]]
     assert len(done) == 2 and not (run_copy / "eval/train/results.json").exists()
     with open(unfinished, "a") as file:
         file.write("[[3, [[1.0, 2.")

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import tensorflow as tf
 from retinanet_keras import __main__ as command
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import output, paper, runner, tables, timing
+from retinanet_keras.experiments import measured, output, paper, runner, tables, timing
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -361,6 +362,51 @@ def test_a_folder_of_other_settings_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="other settings.*--to"):
         runner.run_table("3", "small", tmp_path, overrides=TINY)
     assert config.read_text() == "{}" and not (tmp_path / "3/ce/0").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b'{"AP": 1}', b'{"diverged": "x"}', b'{"AP": 1, "AP": 2}'])
+def test_a_damaged_result_is_set_aside_and_the_row_finished_again(tmp_path, monkeypatch, content, caplog):
+    folder = tmp_path / "ce/0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_bytes(content)
+    monkeypatch.setattr(runner, "_run", lambda command, log, lock: (0, ""))
+    monkeypatch.setattr(runner, "_result", lambda *_: metrics(0.25))
+    assert runner.train_row(tmp_path / "ce", 0, "ce") == metrics(0.25)
+    assert "result.json is damaged" in caplog.text and json.loads((folder / "result.json").read_text()) == metrics(0.25)
+    assert (folder / "result.json.damaged").read_bytes() == content
+    (folder / "result.json").write_bytes(content)
+    put(tmp_path, "fl", 0, metrics(0.3))
+    assert list(measured.results(tmp_path)) == ["fl"] and "the table lacks it" in caplog.text
+
+
+def test_a_row_that_another_process_trains_is_waited_for(tmp_path, capsys):
+    folder = tmp_path / "ce/0"
+    folder.mkdir(parents=True)
+    code = (
+        "import sys, time; from retinanet_keras import storage\n"
+        "with storage.locked(sys.argv[1], 'ce', name='.row.lock'):\n"
+        "    print('held', flush=True); sys.stdin.readline()\n"
+        "    storage.write(sys.argv[1] + '/result.json', sys.argv[2])"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, folder, json.dumps(metrics(0.5))],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # fmt: skip
+    assert other.stdout.readline() == "held\n"
+    threading.Timer(0.5, other.communicate, ["go\n"]).start()
+    assert runner.train_row(tmp_path / "ce", 0, "ce") == metrics(0.5)
+    assert "ce: another process trains it (ce, process" in capsys.readouterr().out
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"--to: {tmp_path / 'file'} is not a folder"):
+        runner.run_table("3", "small", tmp_path / "file", overrides=TINY)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": 3}', '{"rows": {"a": "b"}}'])
+def test_a_damaged_file_of_times_is_told(tmp_path, content):
+    (tmp_path / "time.json").write_text(content)
+    with pytest.raises(UserError, match="time.json"):
+        measured.read_times(tmp_path)
 
 
 # Output

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import types
 
@@ -170,6 +172,40 @@ def test_a_signal_outside_of_steps_and_a_second_one_end_at_once():
             assert signals.received == signal.SIGINT
             with pytest.raises(Interrupted):
                 signal.raise_signal(signal.SIGINT)
+
+
+HANGING = """
+import sys
+import tensorflow as tf
+from retinanet_keras.training.callbacks import Signals
+
+with Signals() as signals, signals.steps():
+    signals.saved = lambda: "the last checkpoint is step-4"
+    print("reading", flush=True)
+    next(iter(tf.data.Dataset.from_tensors(sys.argv[1]).map(tf.io.read_file)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_process_whose_read_hangs(tmp_path, number):
+    """A named pipe that nobody writes to, as a file on a network disk that is gone."""
+    os.mkfifo(tmp_path / "image.jpg")
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, tmp_path / "image.jpg"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(1)
+    process.send_signal(number)
+    while "again to stop at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert f"{signal.Signals(number).name}: the last checkpoint is step-4" in said
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
 """What was measured of a table, as numbers, beside what the paper prints."""
 
-import csv
 import dataclasses
-import json
+import logging
 import re
 import statistics
 
+from retinanet_keras import strict_json
 from retinanet_keras.config import TrainConfig
+from retinanet_keras.data.coco import DataError
 from retinanet_keras.experiments import paper, tables
+from retinanet_keras.results import files
+from retinanet_keras.training import log_file
 
+logger = logging.getLogger("retinanet_keras")
 FIRST = "r50_400"  # of Table 1e: times are told relative to it
 
 
@@ -18,12 +22,31 @@ def percent(value):
 
 
 def results(place):
-    """{row: {seed: its result.json, with the losses logged}} of a table's folder."""
+    """{row: {seed: its result.json, with the losses logged}} of a table's folder; what is damaged is left out."""
     found = {}
     for file in sorted(place.glob("*/*/result.json")):
-        result = {**json.loads(file.read_text()), "losses": _losses(file.with_name("log.csv"))}
-        found.setdefault(file.parts[-3], {})[int(file.parts[-2])] = result
+        result = read_result(file)
+        if result is None:
+            logger.warning("%s is damaged: the table lacks it. Run that row again", file)
+        elif file.parts[-2].isdecimal():
+            losses = [(int(row["step"]), row["loss"]) for row in log_file.read(file.with_name("log.csv"))[0]
+                      if "loss" in row]  # fmt: skip
+            found.setdefault(file.parts[-3], {})[int(file.parts[-2])] = {**result, "losses": losses}
     return found
+
+
+def read_result(file):
+    """A row's result.json: {"AP", ...} in 0..1 or None, or {"diverged": the step}; None where it is damaged."""
+    try:
+        tree = strict_json.read(file)
+    except strict_json.JsonError:
+        return None
+    if not isinstance(tree, dict):
+        return None
+    if type(tree.get("diverged")) is int:
+        return tree
+    known = all(key in tree and (tree[key] is None or files.finite(tree[key])) for key in paper.METRICS)
+    return tree if known else None
 
 
 def mean_ap(seeds):
@@ -34,13 +57,13 @@ def mean_ap(seeds):
 def read_times(place):
     """What `timing.measure` wrote to a table's folder; None where it did not."""
     file = place / "time.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def _losses(log):
-    """[(step, loss)] of a run's log.csv."""
-    with open(log, newline="") as file:
-        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
+    if not file.exists():
+        return None
+    tree = files.read_json(file)
+    rows = tree.get("rows") if isinstance(tree, dict) else None
+    if not isinstance(rows, dict) or not all(map(files.finite, rows.values())):
+        raise DataError(f"{file}: expected an object with `rows`, milliseconds by name. Measure again with --time")
+    return tree
 
 
 def lines(place, table, scale):
@@ -118,7 +141,8 @@ def _mean(values):
 
 def budgets(place):
     """How long the rows there were trained, each once."""
-    trains = [json.loads(file.read_text()).get("train", {}) for file in sorted(place.glob("*/config.json"))]
+    trees = [files.read_json(file) for file in sorted(place.glob("*/config.json"))]
+    trains = [tree.get("train", {}) if isinstance(tree, dict) else {} for tree in trees]
     full = [dataclasses.replace(TrainConfig(), **{k: train[k] for k in ("iterations", "batch_size") if k in train})
             for train in trains]  # fmt: skip
     return list(dict.fromkeys(f"{train.iterations:,} iterations of {train.batch_size} images" for train in full))

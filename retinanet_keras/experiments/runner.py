@@ -8,8 +8,8 @@ DIR/TABLE/table.{txt,csv,html}  written again after every row
 """
 
 import contextlib
-import fcntl
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -17,13 +17,16 @@ import sys
 import threading
 from pathlib import Path
 
-from retinanet_keras.config import config_from_dict
+from retinanet_keras import storage
+from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.errors import Interrupted, UserError
 from retinanet_keras.experiments import measured, output, paper, tables
 from retinanet_keras.results import files
 
+logger = logging.getLogger("retinanet_keras")
 TRAIN = Path(__file__).parents[2] / "train.py"
 NOT_FINITE = re.compile(r"error: The loss or its gradient is not finite in step (\d+)")
+LOCK = ".row.lock"
 USER_ERROR = 2  # status of a command that ends with a UserError
 
 
@@ -44,6 +47,9 @@ def run_table(table, scale, to, *, only=(), seeds=1, overrides=()):
         UserError: where the folder holds other settings, or a training fails for another reason. Earlier rows are kept.
     """
     place = Path(to) / table
+    for folder in (place, *place.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--to: {folder} is not a folder, and the experiments need one. Choose another place")
     rows = tables.rows(table, scale, only)
     for row in rows:
         _write_config(place / row.name / "config.json", tables.tree(table, row, scale, Path(to) / "data", overrides))
@@ -61,13 +67,13 @@ def _write_config(path, tree):
     """Check and write a row's configuration, or a UserError where another one is there."""
     config_from_dict(tree)
     text = json.dumps(tree, indent=1) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         raise UserError(
             f"{path} is there with other settings than these, and what was trained with them would be mixed up. "
             "Choose another folder with --to, or remove that row's"
         )
-    with files.replacing(path) as file:
-        file.write(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write(path, text)
 
 
 def train_row(place, seed, title):
@@ -81,11 +87,13 @@ def train_row(place, seed, title):
         {"AP", "AP50", ...: 0..1 or None} of the last evaluation, or {"diverged": the step}.
     """
     folder = place / str(seed)
-    done = folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    with _lock(folder, title) as lock:
-        if not done.exists():  # another process may have been at it
+    if result := _done(folder):
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    # A training holds this lock, too, should this process be killed; on its folder it has one of its own.
+    with storage.locked(folder, title, name=LOCK, waiting=lambda holder: _say_waiting(title, holder)) as lock:
+        result = _done(folder)  # another process may have been at it
+        if not result:
             print(f"{title}: training; output in {folder / 'output.txt'}", flush=True)
             command = [
                 sys.executable, str(TRAIN), "--config", str(place / "config.json"), "--workdir", str(folder),
@@ -93,9 +101,23 @@ def train_row(place, seed, title):
             ]  # fmt: skip
             status, said = _run(command, folder / "output.txt", lock)
             result = _result(status, said, folder, title)
-            with files.replacing(done) as file:
-                file.write(json.dumps(result) + "\n")
-    return json.loads(done.read_text())
+            storage.write(folder / "result.json", json.dumps(result) + "\n")
+    return result
+
+
+def _done(folder):
+    """The result.json of a row and seed, or None; a damaged one is set aside, and the row is finished again."""
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    result = measured.read_result(file)
+    if result is None:
+        logger.warning("%s is damaged. It is kept as %s; it is written anew", file, storage.set_aside(file))
+    return result
+
+
+def _say_waiting(title, holder):
+    print(f"{title}: another process trains it ({holder}); waiting for that to end", flush=True)
 
 
 def _result(status, said, folder, title):
@@ -108,7 +130,8 @@ def _result(status, said, folder, title):
             f"{title}: training ended with status {status} and said: {last}. All of it is in {folder}/output.txt. "
             "Run the same command again: it goes on from there"
         )
-    (metrics,) = (json.loads(path.read_text()) for path in folder.glob("eval/*/metrics.json"))
+    data = load_config(folder / "config.json").data
+    metrics = files.read_json(folder / "eval" / (data.test_split or data.val_split) / "metrics.json")
     return {key: metrics[key] for key in paper.METRICS}
 
 
@@ -131,19 +154,6 @@ def _run(command, log, lock):
     with open(log, "rb") as file:
         file.seek(start)
         return process.returncode, file.read().decode(errors="replace")
-
-
-@contextlib.contextmanager
-def _lock(folder, title):
-    """No two trainings in one folder: a file's lock, which the training holds, too, should this process be killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{title}: another process trains it; waiting for that to end", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
 
 
 @contextlib.contextmanager

@@ -3,10 +3,9 @@
 import collections
 import contextlib
 import numbers
-import os
 from pathlib import Path
 
-from retinanet_keras import strict_json
+from retinanet_keras import storage, strict_json
 from retinanet_keras.data import rules
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.printable import printable
@@ -25,16 +24,11 @@ def read_json(path):
 @contextlib.contextmanager
 def replacing(path):
     """A text file to write into that takes the path's place at the end; after an error the earlier file stays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same disk, so that replacing is one step
-    try:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with storage.replacing(path) as partial:
         # JSON may name half a character; as an escape it is JSON again.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_entries(entries, keys, where):

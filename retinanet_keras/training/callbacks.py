@@ -157,20 +157,37 @@ class Save(keras.callbacks.Callback):
 class Signals:
     """SIGINT (Ctrl-C) and SIGTERM (a scheduler's): steps end first, anything else, and the second signal, at once.
 
-    A context, in which `steps` is one for what ends first; `received` is the signal's number then.
+    A context, in which `steps` is one for what ends first; `received` is the signal's number then. Python runs its
+    handlers between two of its own instructions, and a read that hangs in TensorFlow never comes back to those: so a
+    thread listens, too, and ends the process where GRACE seconds after the second signal it has not ended by itself.
+
+    Attributes:
+        saved: a function, replaced by whoever knows better, that says what is saved and what to do, as a sentence.
     """
+
+    GRACE = 3.0
 
     def __init__(self):
         self.received, self.in_steps, self.before = None, False, {}
+        self.saved = lambda: "what was written before is whole. Run the same command again: it goes on"
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows no others
+            listened, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            self._over = threading.Event()
+            threading.Thread(target=self._listen, args=(listened,), daemon=True).start()
+            self._wakeup = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
             self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.before:
+            signal.set_wakeup_fd(self._wakeup)
+            self._over.set()
+            os.close(self._told)
 
     @contextlib.contextmanager
     def steps(self):
@@ -182,7 +199,21 @@ class Signals:
 
     def _handle(self, number, _):
         if self.received or not self.in_steps:
-            raise Interrupted(number, "what was written before is whole. Run the same command again: it goes on")
+            raise Interrupted(number, self.saved())
         self.received = number
-        message = f"\n{signal.Signals(number).name}: stopping after this step; again to stop at once\n"
-        os.write(2, message.encode())  # a handler may interrupt any write by Python's streams
+
+    def _listen(self, listened):
+        """Read the numbers of signals, which Python's own part in C writes whatever the main thread does."""
+        seen = 0
+        while read := os.read(listened, 64):
+            numbers = [number for number in read if number in (signal.SIGINT, signal.SIGTERM)]
+            if not numbers:
+                continue
+            name = signal.Signals(numbers[-1]).name
+            if not seen and self.in_steps:
+                os.write(2, f"\n{name}: stopping after this step; again to stop at once\n".encode())
+            seen += len(numbers)
+            if seen > 1 and not self._over.wait(self.GRACE):
+                os.write(2, f"\n{name}: {self.saved()}\n".encode())
+                os._exit(128 + numbers[-1])
+        os.close(listened)

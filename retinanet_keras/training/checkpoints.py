@@ -2,15 +2,18 @@
 
 import logging
 import shutil
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
+from retinanet_keras import storage
 from retinanet_keras.errors import first_line
-from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of, load_weights
+from retinanet_keras.training import best
+from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of
 
 logger = logging.getLogger("retinanet_keras")
+# What TensorFlow raises where a checkpoint is damaged, or of another model.
+UNREADABLE = (tf.errors.OpError, AssertionError, ValueError, IndexError)
 
 
 class Checkpoints:
@@ -31,7 +34,7 @@ class Checkpoints:
         own = {"optimizer": model.optimizer} if optimizer else {}
         self.checkpoint = tf.train.Checkpoint(weights=weights, step=self._step, **own)
         self._whole = optimizer
-        self.manager = tf.train.CheckpointManager(self.checkpoint, folder.checkpoints, keep, checkpoint_name="step")
+        self._folder, self._keep, self._manager = folder, keep, None
         self.newest = None  # the path of the last checkpoint that was restored or saved
 
     @property
@@ -44,7 +47,7 @@ class Checkpoints:
 
     def clear_remains(self):
         """Remove what a kill in the middle of a checkpoint has left."""
-        for path in Path(self.manager.directory).glob("step-*_temp*"):
+        for path in self._folder.checkpoints.glob("step-*_temp*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def restore(self):
@@ -54,13 +57,13 @@ class Checkpoints:
             RunError: where there are checkpoints, but none can be read.
         """
         problems = []
-        # Not the manager's own list: it lacks one whose writing was killed at the very end, and may be gone.
-        there = [str(path.with_suffix("")) for path in Path(self.manager.directory).glob("step-*.index")]
-        for path in sorted(there, key=lambda path: int(path.rsplit("-", 1)[1]), reverse=True):
+        # Not TensorFlow's own list: it lacks one whose writing was killed at the very end, may be gone, or damaged.
+        for step in reversed(self._folder.steps()):
+            path = self._path(step)
             try:
                 status = self.checkpoint.restore(path)
                 status.assert_consumed() if self._whole else status.assert_existing_objects_matched().expect_partial()
-            except (tf.errors.OpError, AssertionError, ValueError) as error:
+            except UNREADABLE as error:
                 problems.append(f"{path} cannot be read ({first_line(error)})")
                 continue
             for problem in problems:
@@ -72,6 +75,12 @@ class Checkpoints:
                 f"{'; '.join(problems)}: damaged, or of another model. Train into another folder with --workdir"
             )
         return self.step
+
+    def saved(self):
+        """What a process that ends now leaves, and what to do, as a sentence."""
+        return (
+            f"the last checkpoint is {self.newest or 'none'}. Run the same command again: training goes on from there"
+        )
 
     def save(self):
         """Write a checkpoint of this step, unless it was restored from one or has been saved.
@@ -89,12 +98,27 @@ class Checkpoints:
                     f"checkpoint is {newest or 'none'}. Lower train.learning_rate or set train.clip_norm"
                 )
         try:
-            self.newest = self.manager.save(self.step, check_interval=False)
+            self._manager = self._manager or self._new_manager()
+            self.newest = self._manager.save(self.step, check_interval=False)
         except (tf.errors.OpError, OSError) as error:
             raise RunError(
                 f"The checkpoint of step {self.step} could not be written ({first_line(error)}). The last good one is "
                 f"{newest or 'none'}. Free some space and run the same command again: training goes on from there"
             ) from None
+
+    def _new_manager(self):
+        """TensorFlow's rotation of checkpoints; its list of them is written anew from those up to the one restored."""
+        known = [step for step in self._folder.steps() if self.newest and step <= self.step]
+        lines = [f'model_checkpoint_path: "step-{known[-1]}"'] if known else []
+        lines += [f'all_model_checkpoint_paths: "step-{step}"' for step in known]
+        # Times order them; one later than the last preserved makes a checkpoint one that may be deleted.
+        lines += ["all_model_checkpoint_timestamps: 1.0" for _ in known] + ["last_preserved_timestamp: 0.0"]
+        state = self._folder.checkpoints / "checkpoint"
+        storage.write(state, "\n".join(lines) + "\n") if known else state.unlink(missing_ok=True)
+        return tf.train.CheckpointManager(self.checkpoint, self._folder.checkpoints, self._keep, checkpoint_name="step")
+
+    def _path(self, step):
+        return str(self._folder.checkpoints / f"step-{step}")
 
 
 def load_run(workdir, config=None):
@@ -108,6 +132,18 @@ def load_run(workdir, config=None):
         (config, model): the model has the weights `eval.keep` asks for.
 
     Raises:
+        RunError: as `load_trained`.
+    """
+    return load_trained(workdir, config)[:2]
+
+
+def load_trained(workdir, config=None):
+    """The trained model of a run, and the step that its weights are of. Arguments as for `load_run`.
+
+    Returns:
+        (config, model, step).
+
+    Raises:
         RunError: where there is no run, or none with a checkpoint.
     """
     folder = RunFolder(workdir)
@@ -115,12 +151,9 @@ def load_run(workdir, config=None):
     if not folder.categories_file.exists():
         raise RunError(f"{folder.path} has no categories.json: its training did not start. Run train.py again")
     model = build_model(config, folder.categories())
-    if config.eval.keep == "best" and folder.best():
-        try:
-            load_weights(model, folder.best_weights)
-        except (OSError, ValueError) as error:
-            raise RunError(f"{folder.best_weights} cannot be read ({first_line(error)}). Train the run again") from None
-        return config, model
-    if not Checkpoints(model, folder, config.train.keep_checkpoints, optimizer=False).restore():
+    if config.eval.keep == "best" and (kept := best.load(folder, model)):
+        return config, model, kept["step"]
+    step = Checkpoints(model, folder, config.train.keep_checkpoints, optimizer=False).restore()
+    if not step:
         raise RunError(f"The run in {folder.path} has no checkpoint yet. Run train.py for it first")
-    return config, model
+    return config, model, step

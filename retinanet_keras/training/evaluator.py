@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import time
 
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from retinanet_keras.data import coco, pipeline, sources
 from retinanet_keras.serving import inference
+from retinanet_keras.training.fingerprint import fingerprint
 
 PARTS = ("input", "network", "post_processing")  # of the time of an image
 
@@ -159,21 +159,18 @@ def milliseconds(speed):
     return {**parts, "images_per_second": 1000 / sum(parts.values())}
 
 
-def identity(dataset, config, weights, model):
-    """What an evaluation depends on, JSON-able: the images, the sizes they are given, the model and its weights.
+def depends_on(dataset, config, weights, model):
+    """What the detections of a split depend on, JSON-able: images, the sizes they are given, the model, its weights.
 
     Args:
-        model: JSON-able, what its weights do not tell.
-        weights: NumPy arrays, or a text that names them.
+        weights: str. A digest of them, or a text that changes when they do.
+        model: JSON-able. What the weights do not tell.
     """
-    digest = hashlib.sha256()
-    for value in [weights.encode()] if isinstance(weights, str) else weights:
-        digest.update(np.ascontiguousarray(value))
     data = config.data
     return {
-        "annotations": dataset.annotation_file, "images": hashlib.sha256(dataset.image_ids).hexdigest(),
-        "sizes": [data.short_side, data.max_side], "batch": config.eval.batch_size,
-        "detection": config.to_dict()["detection"], "model": model, "weights": digest.hexdigest(),
+        "annotation_file": dataset.annotation_file, "dataset": fingerprint(dataset),
+        "image_sizes": [data.short_side, data.max_side], "batch_size": config.eval.batch_size,
+        "detection_settings": config.to_dict()["detection"], "model": model, "weights": weights,
     }  # fmt: skip
 
 

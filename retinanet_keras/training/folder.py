@@ -1,28 +1,29 @@
 """A run's folder: what is where in it, its configuration and log, and its trained model."""
 
-import csv
+import contextlib
 import json
-import os
+import logging
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from retinanet_keras import losses, optimizers, pretrained
+from retinanet_keras import losses, optimizers, pretrained, storage, strict_json
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data.coco import Categories
-from retinanet_keras.errors import UserError
+from retinanet_keras.data.coco import Categories, DataError
+from retinanet_keras.errors import UserError, first_line
 from retinanet_keras.model import RetinaNet
-from retinanet_keras.settings import ConfigError
+from retinanet_keras.settings import ConfigError, show
+from retinanet_keras.training import log_file
+
+logger = logging.getLogger("retinanet_keras")
+ELSEWHERE = "Choose another folder with --workdir"
 
 # What may change from one start of a run to the next without making it another run.
 FREE_TO_CHANGE = (
     "data.dir", "data.bad_images", "eval.", "serving.", "detection.", "strategy.", "train.iterations",
     "train.learning_rate", "train.drops", "train.clip_norm", "train.checkpoint_every", "train.keep_checkpoints",
     "train.log_every", "train.jit_compile",
-)  # fmt: skip
-LOG_COLUMNS = (
-    "step", "loss", "classification_loss", "box_loss", "positives", "learning_rate", "gradient_norm",
-    "images_per_second", "data_wait", "AP", "AP50",
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.json"
         self.categories_file = self.path / "categories.json"
+        self.data_file = self.path / "data.json"
         self.log_file = self.path / "log.csv"
         self.curves_file = self.path / "curves.png"
         self.tensorboard = self.path / "tensorboard"
@@ -50,31 +52,82 @@ class RunFolder:
         """The folder of a split's results."""
         return self.path / "eval" / split
 
-    def start(self, config, categories):
+    def prepare(self):
+        """Make the folder, so that it can be locked.
+
+        Raises:
+            RunError: where it cannot be written, or a file is where a folder has to be, or the reverse.
+        """
+        files = (self.config_file, self.categories_file, self.data_file, self.log_file, self.curves_file)
+        files += (self.best_weights, self.best_file)
+        for path in (self.path, self.checkpoints, self.tensorboard, self.path / "eval", self.export, self.failed):
+            check_folder(path)
+        for path in files:
+            if path.is_dir():
+                raise RunError(f"{path} is a folder, and a run writes a file there. {ELSEWHERE}")
+        with self.writing():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def start(self, config, categories, check_data=lambda: None):
         """Make the folder, or check that the run in it is this one, and write config.json and categories.json.
+
+        Args:
+            config: a Config.
+            categories: Categories.
+            check_data: a function, called after the run's own checks and before anything is written.
 
         Raises:
             RunError: where the folder cannot be written, or holds another run, whose differences it names.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if self.config_file.exists() and any(self.checkpoints.iterdir()):
-                changes, free = self._changes(config)
-                if self.categories_file.exists() and self.categories() != categories:
-                    changes.append(f"the categories were {self.categories().names}, now {categories.names}")
-                if changes:
-                    raise RunError(
-                        f"{self.path} holds a run of other settings, which cannot be mixed with these: "
-                        f"{'; '.join(changes)}. Train into another folder with --workdir, or set these back"
-                    )
-                if free:
-                    print(f"Changed since the last start: {'; '.join(free)}")
-            write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
-            write_atomically(self.categories_file, json.dumps(categories.to_list(), indent=1) + "\n")
-        except OSError as error:
+        self.prepare()
+        with self.writing():
+            if self.started():
+                self._check_same(config, self._own_categories(categories), categories)
+            check_data()
+            storage.write(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+            storage.write(self.categories_file, json.dumps(categories.to_list(), indent=1) + "\n")
+
+    def started(self):
+        """Whether there is a run to go on with."""
+        return self.config_file.exists() and self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def _check_same(self, config, own, categories):
+        """A RunError where the run in the folder is another one; what may change is printed."""
+        changes, free = self._changes(config)
+        if own != categories:
+            changes.append(f"the categories were {own.names}, now {categories.names}")
+        if changes:
             raise RunError(
-                f"{self.path} cannot be written ({error.strerror or error}). Choose another folder with --workdir"
-            ) from None
+                f"{self.path} holds a run of other settings, which cannot be mixed with these: "
+                f"{'; '.join(changes)}. Train into another folder with --workdir, or set these back"
+            )
+        if (step := max(self.steps(), default=0)) > config.train.iterations:
+            raise RunError(
+                f"train.iterations: the run in {self.path} is at step {step}, {config.train.iterations} are asked for. "
+                f"Set it to {step} or more, or train into another folder with --workdir"
+            )
+        if free:
+            print(f"Changed since the last start: {'; '.join(free)}")
+
+    def _own_categories(self, otherwise):
+        """The run's Categories; a damaged or missing file is replaced by others, which the dataset's record checks."""
+        if not self.categories_file.exists():
+            return otherwise
+        try:
+            return self.categories()
+        except RunError:
+            aside = storage.set_aside(self.categories_file)
+            logger.warning("%s is damaged. It is kept as %s; a new one is written from the dataset",
+                           self.categories_file, aside)  # fmt: skip
+            return otherwise
+
+    @contextlib.contextmanager
+    def writing(self):
+        """A refusal of the disk as a RunError."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror or error}). {ELSEWHERE}") from None
 
     def _changes(self, config):
         """What differs from the run's own configuration: what cannot be mixed with it, and what can."""
@@ -86,41 +139,56 @@ class RunFolder:
                 (free if key.startswith(FREE_TO_CHANGE) else changes).append(said)
         return changes, free
 
+    def steps(self):
+        """The steps of the checkpoints, in order."""
+        names = (re.fullmatch(r"step-(\d+)\.index", path.name) for path in self.checkpoints.glob("step-*.index"))
+        return sorted(int(found[1]) for found in names if found)
+
     def log_rows(self):
-        """The rows of log.csv as dicts of numbers; empty cells are left out."""
-        if not self.log_file.exists():
-            return []
-        *whole, _ = self.log_file.read_text().split("\n")  # what has no line end was cut off by a kill or a full disk
-        return [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(whole)]
+        """The rows of log.csv as dicts of numbers; empty cells and damaged lines are left out."""
+        return log_file.read(self.log_file)[0]
 
     def cut_log(self, step):
-        """Drop the rows after `step`: a resumed run writes them again."""
-        rows = [row for row in self.log_rows() if row["step"] <= step]
-        lines = [",".join(LOG_COLUMNS)]
-        lines += [",".join(_cell(row, column) for column in LOG_COLUMNS) for row in rows]
-        write_atomically(self.log_file, "\n".join(lines) + "\n")
+        """Drop the rows after `step`: a resumed run writes them again. A damaged file is set aside."""
+        rows, damaged = log_file.read(self.log_file)
+        if damaged:
+            logger.warning(
+                "%s is damaged (%d lines). It is kept as %s; the %d rows that can be read are written anew",
+                self.log_file, damaged, storage.set_aside(self.log_file), len(rows),
+            )  # fmt: skip
+        rows = [row for row in rows if row["step"] <= step]
+        storage.write(self.log_file, log_file.header() + "".join(map(log_file.line, rows)))
 
     def log(self, row):
-        """Append one row, a dict of some of LOG_COLUMNS."""
+        """Append one row, a dict of some of log_file.COLUMNS."""
         with open(self.log_file, "a") as file:
-            file.write(",".join(_cell(row, column) for column in LOG_COLUMNS) + "\n")
-
-    def best(self):
-        """{"step", "AP"} of the best evaluation so far, or None."""
-        return json.loads(self.best_file.read_text()) if self.best_file.exists() else None
-
-    def keep_best(self, model, step, ap):
-        """Save the weights where they are the best so far. A kill between the two writes costs one evaluation."""
-        best = self.best()
-        if best is None or ap > best["AP"]:
-            partial = self.checkpoints / "partial.weights.h5"
-            model.save_weights(partial)
-            os.replace(partial, self.best_weights)
-            write_atomically(self.best_file, json.dumps({"step": step, "AP": ap}) + "\n")
+            file.write(log_file.line(row))
 
     def categories(self):
-        """The Categories the run was trained on."""
-        return Categories.from_list(json.loads(self.categories_file.read_text()))
+        """The Categories the run was trained on.
+
+        Raises:
+            RunError: where categories.json cannot be read.
+        """
+        try:
+            categories = Categories.from_list(strict_json.read(self.categories_file))
+            if not categories:
+                raise DataError("there are none in it")
+            return categories
+        except (strict_json.JsonError, DataError, KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.categories_file} cannot be read ({first_line(error)}). Run train.py again with the settings of "
+                "the run: it is written anew from the dataset"
+            ) from None
+
+
+def check_folder(path):
+    """A RunError where something else is in the place of a folder, or of one above it."""
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            raise RunError(f"{place} is not a folder, and {path} has to be one. {ELSEWHERE}")
 
 
 def settle(config):
@@ -189,16 +257,15 @@ def load_config_of(folder):
             f"python train.py --config CONFIG.json --workdir {folder.path}"
         )
     try:
-        return config_from_dict(json.loads(folder.config_file.read_text()))
-    except (json.JSONDecodeError, ConfigError) as error:
-        raise RunError(f"{folder.config_file} cannot be read: {error}") from None
-
-
-def write_atomically(path, text):
-    """Write a file so that there is either the old or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        tree = strict_json.read(folder.config_file)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"expected a JSON object of settings, got {show(tree)}")
+        return config_from_dict(tree)
+    except (strict_json.JsonError, OSError, ConfigError) as error:
+        raise RunError(
+            f"{folder.config_file} cannot be read: {error}. Copy the configuration of the run there again, or train "
+            "into another folder"
+        ) from None
 
 
 def _flat(tree, prefix=""):
@@ -207,8 +274,3 @@ def _flat(tree, prefix=""):
     for key, value in tree.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
-
-
-def _cell(row, column):
-    value = row.get(column)
-    return "" if value is None else f"{value:.0f}" if column == "step" else f"{value:.6g}"

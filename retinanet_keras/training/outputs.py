@@ -1,17 +1,34 @@
 """What an evaluation leaves in its folder: results, metrics, pictures, a report; or a submission to COCO's server."""
 
+import os
 import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from retinanet_keras import storage
 from retinanet_keras.data import sources
 from retinanet_keras.results import draw, evaluation, report
 from retinanet_keras.results.records import Records
-from retinanet_keras.training.folder import RunError
+from retinanet_keras.training.folder import RunError, check_folder
 
 SHOWN_SCORE = 0.3  # detections drawn
+
+
+def check(folder):
+    """A RunError where something is in the way of what an evaluation writes.
+
+    Args:
+        folder: its path, of `RunFolder.evaluation`.
+    """
+    check_folder(folder / "pictures")
+    for name in ("results.json", "metrics.json", "report.html"):
+        if (folder / name).is_dir():
+            raise RunError(f"{folder / name} is a folder, and an evaluation writes a file there. Remove or rename it")
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise RunError(f"{there} cannot be written (no permission). Change its permissions, or use another --workdir")
 
 
 def collect(found, dataset):
@@ -29,7 +46,7 @@ def score(records, dataset, config):
     )
 
 
-def write(folder, records, dataset, config, split, about, speed=None):
+def write(folder, records, dataset, config, split, about, speed=None, identity=None):
     """Score, and write results.json, metrics.json, report.html and pictures; without labels, what a server takes.
 
     Args:
@@ -38,6 +55,7 @@ def write(folder, records, dataset, config, split, about, speed=None):
         split: its name, for the report and the submission.
         about: {"model": its name, ...: further text for the report}.
         speed: as of `evaluator.milliseconds`.
+        identity: dict, JSON-able. Added to the metrics: their "step", "weights" and "settings".
 
     Returns:
         the metrics; None where the dataset has no labels.
@@ -50,7 +68,7 @@ def write(folder, records, dataset, config, split, about, speed=None):
         records.write(folder / "results.json")
         metrics = None
         if dataset.labelled:
-            metrics = score(records, dataset, config)
+            metrics = score(records, dataset, config) | (identity or {})
             about = {**about, "annotations": dataset.annotation_file}
             write_scored(folder, metrics, records, dataset, config, split, about, speed)
         else:
@@ -80,6 +98,7 @@ def write_scored(folder, metrics, records, dataset, config, split, about, speed=
 
 def comparisons(dataset, records, count):
     """Ground truth beside detections, for `count` images spread evenly over the dataset: (image id, uint8 image)."""
+    count = min(count, len(dataset))
     for i in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)) if count else ():
         yield int(dataset.image_ids[i]), _compare(dataset, records, i, SHOWN_SCORE)
 
@@ -105,7 +124,6 @@ def _write_submission(folder, dataset, about):
     testset = re.sub(r"^image_info_", "", Path(dataset.annotation_file).stem)
     algorithm = re.sub(r"[^A-Za-z0-9-]+", "-", about["model"]).strip("-") or "retinanet"
     name = f"detections_{testset}_{algorithm}_results"
-    partial = folder / f".{name}.zip.partial"
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(folder / "results.json", f"{name}.json")
-    partial.replace(folder / f"{name}.zip")
+    with storage.replacing(folder / f"{name}.zip") as partial:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(folder / "results.json", f"{name}.json")

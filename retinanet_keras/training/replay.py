@@ -1,13 +1,12 @@
 """A step that failed, in a file: what is needed to compute it again, and what each of its images gives."""
 
 import json
-import os
 import zipfile
 
 import keras
 import numpy as np
 
-from retinanet_keras import train_step
+from retinanet_keras import storage, train_step
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.training.folder import RunError, build_model
@@ -25,9 +24,8 @@ def save(path, model, config, categories, step, batch):
     weights = {f"weight{i}": np.asarray(variable) for i, variable in enumerate(model.weights)}
     truth = {name: np.asarray(truth[name]) for name in ("boxes", "labels", "image_id")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial.npz")
-    np.savez(partial, about=json.dumps(about), images=np.asarray(images), **truth, **weights)
-    os.replace(partial, path)
+    with storage.replacing(path) as partial:
+        np.savez(partial, about=json.dumps(about), images=np.asarray(images), **truth, **weights)
 
 
 def replay(path):

@@ -1,5 +1,6 @@
 """The run: data, model, training with checkpoints and evaluations, and at the end results, export and a summary."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -10,12 +11,14 @@ import time
 import keras
 import numpy as np
 
+from retinanet_keras import storage
 from retinanet_keras.data import coco, inspection, sources
+from retinanet_keras.identity import identity
 from retinanet_keras.results import curves, draw, evaluation
 from retinanet_keras.serving.export import export_model
-from retinanet_keras.training import callbacks, evaluator, outputs, strategies
+from retinanet_keras.training import best, callbacks, evaluator, fingerprint, outputs, preflight, strategies
 from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunFolder, build_model, load_weights, settle
+from retinanet_keras.training.folder import RunFolder, build_model, settle
 from retinanet_keras.training.metrics import CocoMetrics
 from retinanet_keras.training.stream import Stream, explained
 
@@ -39,13 +42,17 @@ def train(config, workdir):
     strategy = strategies.make(config.strategy, config.train.batch_size)
     strategies.check_norm(strategy, config.model.norm)
     chief = strategies.is_chief(strategy)
-    with callbacks.Signals() as signals:
+    with callbacks.Signals() as signals, contextlib.ExitStack() as held:
         config = settle(config)
         folder = RunFolder(workdir)
         with strategies.chief_first(strategy):
             train_set, val_set, test_set = _open_splits(config)
             if chief:
-                folder.start(config, train_set.categories)
+                folder.prepare()
+                held.enter_context(storage.locked(folder.path, "training"))
+                data = {config.data.train_split: train_set, config.data.val_split: val_set}
+                data = {split: fingerprint.fingerprint(one) for split, one in data.items()}
+                folder.start(config, train_set.categories, lambda: fingerprint.check(folder, data))
                 _say_plan(config, workdir, train_set, strategy)
 
         keras.utils.set_random_seed(config.train.seed)
@@ -54,11 +61,14 @@ def train(config, workdir):
         if config.model.weights is None and config.model.norm == "frozen":
             logger.warning('model.norm is "frozen" but the weights are random: the backbone will hardly learn')
         checkpoints = Checkpoints(model, folder, config.train.keep_checkpoints, writes=chief)
+        signals.saved = checkpoints.saved
         step = checkpoints.restore()
         strategies.check_same(strategy, step)
         if chief:
+            preflight.check(model, config, folder, config.data.test_split or config.data.val_split)
             checkpoints.clear_remains()
             folder.cut_log(step)
+            best.mend(folder)
             if step:
                 print(f"Going on from step {step} of {config.train.iterations}")
         _fit(model, config, folder, checkpoints, train_set, CocoMetrics(val_set, config), signals)
@@ -79,6 +89,7 @@ def _open_splits(config):
             f"{val_set.annotation_file} has no annotations, so data.val_split={data.val_split} tells nothing of a "
             "training. Name another, or set eval.every=0"
         )
+    preflight.check_names(train_set.categories, train_set.annotation_file)
     for other in (val_set, test_set):
         evaluator.check_categories(other, train_set.categories)
         inspection.check_files(other)
@@ -143,7 +154,7 @@ def _validate(model, config, folder, log, validation, step):
     if metrics["AP"] is not None:
         log.bar.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f} on {config.data.val_split}")
         if config.eval.keep == "best":
-            folder.keep_best(model, step, metrics["AP"])
+            best.keep(folder, model, step, metrics["AP"])
     log.write({"step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})  # last: it says that all was done
     drawn = outputs.comparisons(validation.data, validation.records, min(4, config.eval.pictures))
     pictures = [picture for _, picture in drawn]
@@ -153,14 +164,18 @@ def _validate(model, config, folder, log, validation, step):
 
 def _finish(model, config, folder, test_set, began):
     """Results, pictures, the export and a summary."""
-    if config.eval.keep == "best" and folder.best():
-        load_weights(model, folder.best_weights)
-        print("The best weights were those of step {step}, AP {AP:.3f}".format(**folder.best()))
+    step = config.train.iterations
+    if config.eval.keep == "best" and (kept := best.load(folder, model)):
+        step = kept["step"]
+        print(f"The best weights were those of step {step}, AP {kept['AP']:.3f}")
     split, speed = config.data.test_split or config.data.val_split, {}
     out = folder.evaluation(split)
     records = outputs.collect(evaluator.detect_split(model, test_set, config, speed=speed), test_set)
     about = {"model": folder.path.name, "weights": str(folder.path)}
-    metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed))
+    known = {"step": step, **identity(model, config, split)}
+    out.mkdir(parents=True, exist_ok=True)
+    with storage.locked(out, "the end of a training", waiting=lambda holder: print(f"{out}: waiting for {holder}")):
+        metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed), known)
     curves.training_curves(folder.log_rows(), folder.curves_file)
     measured = {split: metrics} if metrics else None
     export_dir = export_model(model, config, folder.export, version=1, metrics=measured)

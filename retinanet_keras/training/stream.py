@@ -10,7 +10,7 @@ from retinanet_keras.data import pipeline, sources
 from retinanet_keras.data.buckets import TrainingOrder
 from retinanet_keras.errors import Interrupted
 from retinanet_keras.train_step import NOT_FINITE
-from retinanet_keras.training import replay, strategies
+from retinanet_keras.training import fingerprint, replay, strategies
 from retinanet_keras.training.folder import RunError
 
 logger = logging.getLogger("retinanet_keras")
@@ -73,10 +73,13 @@ def explained(stream, model, config, folder, checkpoints, signals):
         problems = sources.unusable_images(stream.dataset, upcoming)
         if not problems:
             raise
+        if strategies.is_chief(model.distribute_strategy):
+            with contextlib.suppress(OSError):  # a full disk is not what this is about
+                fingerprint.allow_other_files(folder)
         leave_out = ", or leave such files out with data.bad_images=skip" if config.data.bad_images == "stop" else ""
         raise RunError(
-            f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is {newest}. Mend or remove the file "
-            f"(`python -m retinanet_keras inspect` lists all such files){leave_out}; then run "
+            f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is {newest}. Replace the file by a "
+            f"whole one (`python -m retinanet_keras inspect` lists all such files){leave_out}; then run "
             "the same command again: training goes on from there"
         ) from None
 

@@ -1,0 +1,86 @@
+"""The best weights of a run so far: a file of them, and best.json, which says which step they are of."""
+
+import json
+import logging
+import math
+
+from retinanet_keras import storage, strict_json
+from retinanet_keras.errors import first_line
+from retinanet_keras.training.folder import RunError, load_weights
+
+logger = logging.getLogger("retinanet_keras")
+
+
+def read(folder):
+    """{"step", "AP", "digest" of the file of weights} of the best evaluation of a RunFolder, or None.
+
+    Raises:
+        RunError: where best.json is damaged.
+    """
+    if not folder.best_file.exists():
+        return None
+    try:
+        best = strict_json.read(folder.best_file)
+        if type(best["step"]) is int and type(best["AP"]) in (int, float) and math.isfinite(best["AP"]):
+            return best
+        problem = "step and AP are expected as numbers"
+    except strict_json.JsonError as error:
+        problem = str(error)
+    except (TypeError, KeyError):
+        problem = "step and AP are missing"
+    raise RunError(
+        f"{folder.best_file} cannot be read: {problem}. Run train.py again with the settings of the run: the file is "
+        "written anew from log.csv"
+    )
+
+
+def keep(folder, model, step, ap):
+    """Save the weights where they are the best so far. A kill between the two writes costs one evaluation."""
+    best = read(folder)
+    if best is None or ap > best["AP"]:
+        with storage.replacing(folder.best_weights) as partial:
+            model.save_weights(partial)
+        _write(folder, step, ap)
+
+
+def load(folder, model):
+    """Load the best weights into a model; `read`, None where nothing has been evaluated yet.
+
+    Raises:
+        RunError: where best.json or the weights are damaged.
+    """
+    best = read(folder)
+    if best is None:
+        return None
+    advice = "Use the last checkpoint instead with --set eval.keep=last, or train the run again"
+    try:
+        fits = best.get("digest") in (None, storage.digest(folder.best_weights.read_bytes()))
+        if fits:
+            load_weights(model, folder.best_weights)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.best_weights} cannot be read ({first_line(error)}). {advice}") from None
+    if not fits:
+        raise RunError(f"{folder.best_weights} is damaged, or not the file that {folder.best_file} is about. {advice}")
+    return best
+
+
+def mend(folder):
+    """Write a damaged best.json anew from the log; the damaged one is set aside."""
+    try:
+        read(folder)
+    except RunError:
+        aside = storage.set_aside(folder.best_file)
+        rows = [row for row in folder.log_rows() if "AP" in row]
+        known = bool(rows) and folder.best_weights.exists()
+        if known:
+            row = max(rows, key=lambda row: row["AP"])  # the first of equals, as `keep` has it
+            _write(folder, int(row["step"]), row["AP"])
+        logger.warning(
+            "%s is damaged. It is kept as %s; %s", folder.best_file, aside,
+            "a new one is written from log.csv" if known else "the next evaluation will be the best so far",
+        )  # fmt: skip
+
+
+def _write(folder, step, ap):
+    digest = storage.digest(folder.best_weights.read_bytes())
+    storage.write(folder.best_file, json.dumps({"step": step, "AP": ap, "digest": digest}) + "\n")
