@@ -1,5 +1,7 @@
 """Pictures: the pixels that carry meaning."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -203,3 +205,14 @@ def test_save_by_suffix(tmp_path):
     assert (np.asarray(Image.open(tmp_path / "new" / "a.png")) == image).all()
     jpeg = Image.open(tmp_path / "new" / "a.JPG")
     assert jpeg.format == "JPEG" and np.abs(np.asarray(jpeg).astype(int) - image).mean() < 2
+
+
+def test_long_and_odd_names_are_drawn_at_once():
+    """A name of 100,000 letters is as one of 200; half a character, which no font has, is a question mark."""
+    image, boxes = np.zeros((60, 300, 3), "uint8"), [[10, 20, 200, 50]]
+    began = time.perf_counter()
+    drawn = draw.draw_boxes(image, boxes, [0], ["m" * 100_000], [0.5])
+    assert time.perf_counter() - began < 2
+    np.testing.assert_array_equal(drawn, draw.draw_boxes(image, boxes, [0], ["m" * 200], [0.5]))
+    half = draw.draw_boxes(image, boxes, [0], ["a\ud800b"])
+    np.testing.assert_array_equal(half, draw.draw_boxes(image, boxes, [0], ["a?b"]))

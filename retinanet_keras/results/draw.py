@@ -11,6 +11,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from retinanet_keras import storage
+
 # Okabe and Ito's colours, which people with any form of colour blindness can tell apart; black is left out, for
 # pictures are dark in places.
 PALETTE = (
@@ -19,6 +21,7 @@ PALETTE = (
 NO_CLASS = PALETTE[5]
 CAPTION = (60, 60, 60)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+LONGEST = 200  # characters of a name that may be shown; shortening longer ones until they fit would take long
 PANEL_SIDES = (320, 1600)  # least and largest longer side of a panel of `side_by_side`, in pixels
 
 
@@ -176,13 +179,15 @@ def grid(images, columns=None, cell=None):
 
 
 def save(path, image):
-    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, making its folder."""
-    path = Path(path)
-    options = {".png": {}, ".jpg": {"quality": 92}, ".jpeg": {"quality": 92}}.get(path.suffix.lower())
+    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, in one step, making its folder."""
+    path, jpeg = Path(path), {"format": "JPEG", "quality": 92}
+    options = {".png": {"format": "PNG"}, ".jpg": jpeg, ".jpeg": jpeg}.get(path.suffix.lower())
     if options is None:
         raise ValueError(f"Expected a path that ends in .png, .jpg or .jpeg, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_checked(image)).save(path, **options)
+    image = Image.fromarray(_checked(image))
+    with storage.replacing(path) as partial:
+        image.save(partial, **options)
 
 
 def _checked(image):
@@ -197,7 +202,7 @@ def _checked(image):
 
 def _tag_size(canvas, font, words, columns, rows):
     """(text, width, height) of a tag, shortened until it fits the image, or None where the image is too small."""
-    words = [" ".join(str(word).split()) for word in words]
+    words = [" ".join(str(word)[:LONGEST].encode("utf-8", "replace").decode().split()) for word in words]
     shorter = [" ".join(words)]
     if len(words) == 2:
         name, score = words
