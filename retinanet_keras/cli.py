@@ -5,7 +5,7 @@ import os
 import sys
 
 from retinanet_keras import runtime
-from retinanet_keras.errors import Interrupted, UserError
+from retinanet_keras.errors import Interrupted, UserError, printable
 
 # A full or read-only disk, in the words that Python's, TensorFlow's and HDF5's errors share.
 REFUSALS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
@@ -36,7 +36,7 @@ def run_command(main):
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"{stop.name}: {stop}", file=sys.stderr)

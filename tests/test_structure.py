@@ -57,7 +57,7 @@ TABLE = (
     ("serving.headers", "serving.warmup", "serving.card", "serving.inference", "serving.onnx"),
     ("serving.export",),
     ("serving.detector",),
-    ("serving.messages",),
+    ("serving.messages", "serving.answers", "serving.pictures"),
     ("serving.conversation",),
     ("serving.client",),
     ("training.folder",),
@@ -85,7 +85,15 @@ TABLE = (
 )
 ROW = {name: number for number, names in enumerate(TABLE) for name in names}
 MATHS = ("boxes", "nms", "losses", "mining", "anchors", "targets", "detections", "objective")
-CLIENT = ("results.draw", "results.table", "serving.messages", "serving.conversation", "serving.client")
+CLIENT = (
+    "results.draw",
+    "results.table",
+    "serving.messages",
+    "serving.answers",
+    "serving.pictures",
+    "serving.conversation",
+    "serving.client",
+)
 
 
 def name_of(path):
