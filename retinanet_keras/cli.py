@@ -5,10 +5,19 @@ import os
 import sys
 
 from retinanet_keras import runtime
-from retinanet_keras.errors import Interrupted, UserError, printable
+from retinanet_keras.errors import Interrupted, UserError
+from retinanet_keras.printable import printable
 
 # A full or read-only disk, in the words that Python's, TensorFlow's and HDF5's errors share.
 REFUSALS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
+LAYOUT = "\n\t"  # control characters of messages themselves
+
+
+class _Formatter(logging.Formatter):
+    """Messages may name files and classes, in which there may be what a terminal obeys."""
+
+    def format(self, record):
+        return printable(super().format(record), keep=LAYOUT)
 
 
 def import_tensorflow(work=runtime.OTHER):
@@ -32,14 +41,19 @@ def import_tensorflow(work=runtime.OTHER):
 
 def run_command(main):
     """Run a command and exit with its status: 2 after a UserError; anything unforeseen keeps its traceback."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):  # a name may have letters that the terminal has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {printable(error, keep=LAYOUT)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"{stop.name}: {stop}", file=sys.stderr)
+        print(f"{stop.name}: {printable(stop, keep=LAYOUT)}", file=sys.stderr)
         sys.exit(stop.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -48,6 +62,6 @@ def run_command(main):
         refusal = next((words for words in REFUSALS if words in str(error)), None)
         if refusal is None:
             raise
-        first = str(error).strip().split("\n")[0]
+        first = printable(str(error).strip().split("\n")[0])
         print(f"error: the disk refuses: {first}. Files written before are as they were", file=sys.stderr)
         sys.exit(2)

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from retinanet_keras import storage, strict_json, trained
-from retinanet_keras.config import Config, ServingConfig
+from retinanet_keras.config import Config
+from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.data.listing import image_files
-from retinanet_keras.errors import printable
+from retinanet_keras.printable import printable
 from retinanet_keras.results import table
 from retinanet_keras.serving import card, detector, pictures
 from retinanet_keras.serving import onnx as onnx_file
@@ -34,11 +35,11 @@ def detect(model, images, to, min_score):
         0, or 1 where an image could not be read; the others are done all the same.
     """
     storage.check_folder(to, "--to")
-    files, max_pixels = image_files(images), ServingConfig().max_pixels
+    files, max_pixels = image_files(images), Config().data.max_pixels
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
+        max_pixels = config.data.max_pixels
         search, categories = detector.of_model(net, config), Categories.from_list(net.categories)
-        max_pixels = config.serving.max_pixels
     elif Path(model).suffix == ".keras":
         net = trained.of_file(model, "--model")
         search, categories = detector.of_model(net, Config()), Categories.from_list(net.categories)
@@ -50,7 +51,7 @@ def detect(model, images, to, min_score):
     print(table.HEADER)
     for path, name in files:
         try:
-            pixels = detector.read_image(path, max_pixels)
+            pixels = sources.read_image(path, max_pixels)
         except DataError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
             failed += 1

@@ -14,13 +14,14 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retinanet_keras import settings
+from retinanet_keras import settings, strict_json
 from retinanet_keras.settings import ConfigError, setting
 
 VERSION = 1
 
 OURS = "this project's choice"
 DETECTRON = "Detectron: not in the paper"
+MAX_PIXELS = 64_000_000  # of an image: 3 bytes each, 9 in progressive JPEGs
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class DataConfig:
     bad_images: str = setting(
         "stop", OURS, "an unreadable image in training: stop and name it, or skip, count and replace it",
         choices=("stop", "skip"),
+    )  # fmt: skip
+    max_pixels: int = setting(
+        MAX_PIXELS, OURS, "images with more are refused before they are decoded, in training, evaluation and detection",
+        at_least=1, at_most=2**40,
     )  # fmt: skip
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
@@ -290,11 +295,9 @@ class ServingConfig:
     """The SavedModel."""
 
     max_pixels: int = setting(
-        64_000_000,
-        OURS,
-        "encoded images with more are refused before they are decoded; 3 bytes each, 9 in progressive JPEGs",
-        at_least=1,
-    )
+        MAX_PIXELS, OURS, "encoded images with more are refused by exports before they are decoded",
+        at_least=1, at_most=2**40,
+    )  # fmt: skip
     license: str = setting("", OURS, "of the weights, for the model card; empty: not stated")
 
 
@@ -334,17 +337,15 @@ def load_config(path, overrides=()):
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = strict_json.read(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], 1, 0.4)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"No configuration at {path}.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}") from None
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except strict_json.JsonError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a JSON object of sections, got {settings.show(tree)}")
     try:
@@ -367,8 +368,8 @@ def config_from_dict(tree):
         raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {settings.show(version)}")
     if version > VERSION:
         raise ConfigError(
-            f"version: this configuration is of version {version}, and this release reads up to {VERSION}. "
-            "Upgrade retinanet_keras, or train with the release that wrote it."
+            f"version: this configuration is of version {settings.show(version)}, and this release reads up to "
+            f"{VERSION}. Upgrade retinanet_keras, or train with the release that wrote it."
         )
     config = settings.build(Config, tree)
     _check_together(config)

@@ -21,9 +21,3 @@ def first_line(error):
     """What an error says, without the names of graph nodes that TensorFlow adds."""
     message = getattr(error, "message", None) or str(error)
     return re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0].split(" [Op:")[0]
-
-
-def printable(text):
-    """A text of others as one that can be shown: control characters, which may be commands to the terminal, and what
-    is not UTF-8 become escapes such as \\x1b."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))

@@ -4,11 +4,17 @@ import dataclasses
 import difflib
 import json
 import math
+import os
+import sys
 import types
 import typing
 from dataclasses import field
 
+from retinanet_keras import strict_json
 from retinanet_keras.errors import UserError
+from retinanet_keras.printable import printable
+
+LONGEST = 60  # characters of a value or a key in a message
 
 
 class ConfigError(UserError):
@@ -43,12 +49,12 @@ def apply(root, tree, override):
     """Set one `a.b=value` in a tree of dicts that is to become the dataclass `root`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set expects section.key=value, such as train.batch_size=4; got {override!r}")
+        raise ConfigError(f"--set expects section.key=value, such as train.batch_size=4; got {show(override)}")
     *sections, last = key.split(".")
     kind = _kind_of(root, sections, last)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = strict_json.parse(text)
+    except strict_json.JsonError:
         value = text
     if kind is str and not isinstance(value, str):  # a folder may be called 2017
         value = text
@@ -85,7 +91,8 @@ def _build(cls, tree, path, root):
     values = {}
     for name, value in tree.items():
         if name not in known:
-            raise ConfigError(f"unknown key {path}{name}.{_nearest(path + str(name), root)}")
+            shown = printable(name, LONGEST)
+            raise ConfigError(f"unknown key {path}{shown}.{_nearest(path + shown, root)}")
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(hints[name], value, f"{path}{name}.", root)
         else:
@@ -120,7 +127,7 @@ def _convert(value, hint, limits, key):
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if option is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < sys.float_info.max else math.inf
         if isinstance(value, option) and not (isinstance(value, bool) and bool not in options):
             break
     else:
@@ -129,6 +136,8 @@ def _convert(value, hint, limits, key):
         return None
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}: expected a finite number, got {value}")
+    if isinstance(value, str) and not _is_name(value):
+        raise ConfigError(f"{key}: expected text that a file's name may hold, got {show(value)}")
     if "choices" in limits and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), map(str, limits["choices"]), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -140,8 +149,16 @@ def _convert(value, hint, limits, key):
         ("below", lambda v, limit: v < limit, "a number below"),
     ):
         if name in limits and not holds(value, limits[name]):
-            raise ConfigError(f"{key}: expected {words} {limits[name]}, got {value}")
+            raise ConfigError(f"{key}: expected {words} {limits[name]}, got {show(value)}")
     return value
+
+
+def _is_name(text):
+    """Whether the system can be asked for a file of this name: no half of a character, no null."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _type_name(kind):
@@ -149,6 +166,9 @@ def _type_name(kind):
 
 
 def show(value):
-    """A value as JSON, with the type's name where that does not tell."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """A value as short JSON."""
+    try:
+        text = json.dumps(value, default=str)
+    except (RecursionError, ValueError):  # of many levels; whole numbers of more digits than Python writes
+        text = f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

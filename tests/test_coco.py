@@ -3,9 +3,12 @@
 import copy
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from retinanet_keras.data import coco
 from retinanet_keras.data.coco import Categories, DataError
@@ -123,6 +126,59 @@ def test_unusable_boxes_are_left_out_with_one_warning(load, caplog):
         assert part in record.getMessage()
 
 
+def test_boxes_beyond_all_numbers_are_left_out(load):
+    content = tree()
+    content["annotations"] += [
+        {"id": 100, "image_id": 20, "category_id": 3, "bbox": [1e308, 0, 1e308, 5]},
+        {"id": 101, "image_id": 20, "category_id": 3, "bbox": [0, 0, 1e16, 5]},
+    ]
+    assert load(content).dropped == {"crowd": 1, "not finite": 2}
+
+
+def test_a_byte_order_mark_is_accepted(load):
+    assert len(load("\ufeff" + json.dumps(tree()))) == 3
+
+
+def test_messages_hold_names_as_short_text(load):
+    content = changed(image=(0, {"width": 0, "file_name": "\x1b[2J" + "x" * 100_000}))
+    with pytest.raises(DataError) as caught:
+        load(content)
+    assert r"\x1b[2Jxxx" in str(caught.value) and "\x1b" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+VALUES = st.sampled_from([
+    None, True, False, 0, -1, 20, 10**400, 2**63, 1.5, float("nan"), float("inf"), 1e308, "", "20", "\ud800", [], {}, [1],
+    [0, 0, 5, 5], [0, 0, True, 5], [0, 0, 1e308, 1e308], "x" * 1000,
+])  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(["images", "annotations", "categories"]), st.integers(0, 3),
+                          st.sampled_from(["id", "image_id", "category_id", "bbox", "width", "height", "file_name",
+                                           "name", "iscrowd", "area", None]), VALUES), min_size=1, max_size=4),
+       st.floats(0, 1))  # fmt: skip
+def test_damaged_annotations_are_loaded_rightly_or_told(load, changes, cut):
+    """What is loaded holds arrays that training can take, and the same is scored."""
+    content = tree()
+    for kind, index, key, value in changes:
+        rows = content[kind]
+        if key is None:
+            rows[index % len(rows)] = value
+        elif isinstance(rows[index % len(rows)], dict):
+            rows[index % len(rows)][key] = value
+    text = json.dumps(content)
+    try:
+        dataset = load(text if cut < 0.9 else text[: int(len(text) * (cut - 0.9) * 10)])
+    except DataError as error:
+        assert len(str(error)) < 5000
+        return
+    assert np.isfinite(dataset.boxes).all() and (dataset.boxes[:, 2:] > dataset.boxes[:, :2]).all()
+    assert (dataset.sizes > 0).all() and dataset.offsets[-1] == len(dataset.boxes) == len(dataset.labels)
+    assert ((dataset.labels >= 0) & (dataset.labels < len(dataset.categories))).all()
+    limits = np.repeat(dataset.sizes[:, ::-1], np.diff(dataset.offsets), axis=0)
+    assert (dataset.boxes[:, 2:] <= limits).all() and (dataset.boxes >= 0).all()
+
+
 def test_a_clean_file_warns_of_nothing(load, caplog):
     load(tree())
     assert not caplog.records
@@ -136,7 +192,7 @@ def test_a_box_that_vanishes_in_float32_is_left_out(load):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"images": [,]}', "is not JSON: line 1, column 13"),
+        ('{"images": [,]}', "is not valid JSON: line 1, column 13"),
         ("[1, 2]", "must hold a JSON object"),
         ({"annotations": []}, r"`images`(.|\n)*`categories`"),
         ({**tree(), "categories": []}, "`categories`.*Expected a list"),
@@ -157,6 +213,17 @@ def test_a_box_that_vanishes_in_float32_is_left_out(load):
         (changed(annotation=(1, {"bbox": [1, 2, 3]})), r"annotation 2 \(bbox \[1, 2, 3\]\).*\[x, y, width, height\]"),
         (changed(annotation=(1, {"bbox": [1, 2, 3, "4"]})), "annotation 2"),
         (changed(annotation=(1, {"bbox": None})), r"annotation 2 \(bbox null\)"),
+        (changed(annotation=(1, {"bbox": [1, True, 3, 4]})), r"annotation 2 \(bbox \[1, true, 3, 4\]\)"),
+        (changed(annotation=(1, {"bbox": [1.5, 2, 3, False]})), r"annotation 2 \(bbox \[1.5, 2, 3, false\]\)"),
+        (changed(annotation=(1, {"image_id": True})), r"annotation 2 \(image_id true\)"),
+        (changed(annotation=(1, {"category_id": True})), r"annotation 2 \(category_id true\)"),
+        (changed(image=(1, {"id": True})), r"without a whole number as `id`: images\[1\] has true"),
+        (changed(image=(1, {"width": True})), r"sub/a.jpg has \[true, 60\]"),
+        (changed(category=(1, {"id": True})), r"categories\[1\] is \{\"id\": true"),
+        (changed(category=(1, {"name": "half \ud800"})), r"categories\[1\] is .*half \\ud800.* no halves of char"),
+        (changed(image=(1, {"width": 10**400})), r"sub/a.jpg has \[1000"),
+        ("[" * 200_000, "is not valid JSON: lists or objects are nested too deeply"),
+        ('{"images": ' + "1" * 5000 + "}", "is not valid JSON: a number has thousands of digits"),
     ],
 )
 def test_structural_faults(load, content, words):
@@ -204,11 +271,17 @@ def test_missing_image_folder(tmp_path):
         coco.load(tmp_path / "a.json", tmp_path / "pictures")
 
 
-def test_missing_files(load, tmp_path):
+def test_files_that_are_missing_or_not_regular(load, tmp_path):
     dataset = load(tree())
     (tmp_path / "images" / "sub").mkdir()
     (tmp_path / "images" / "sub" / "a.jpg").touch()
-    assert coco.missing_files(dataset) == [str(tmp_path / "images" / name) for name in ("c.jpg", "b.jpg")]
+    os.mkfifo(tmp_path / "images" / "b.jpg")
+    images = tmp_path / "images"
+    assert coco.unusable_files(dataset) == ([str(images / "c.jpg")], [str(images / "b.jpg")])
+    (images / "c.jpg").symlink_to(images / "sub" / "a.jpg")
+    (images / "b.jpg").unlink()
+    (images / "b.jpg").mkdir()
+    assert coco.unusable_files(dataset) == ([], [str(images / "b.jpg")])
 
 
 def test_subset(load):
@@ -229,3 +302,6 @@ def test_categories_round_trip():
     assert Categories.from_list(json.loads(json.dumps(rows[::-1]))) == categories and len(categories) == 2
     with pytest.raises(DataError, match="labels 0 to 1"):
         Categories.from_list([rows[0], copy.copy(rows[0])])
+    for damaged in ({}, 5, None, [5], [{}], [{**rows[0], "id": True}], [{**rows[0], "name": 3}], [{"label": 0}]):
+        with pytest.raises(DataError, match="Expected categories as a list of objects with whole numbers"):
+            Categories.from_list(damaged)

@@ -51,7 +51,7 @@ def run_copy(finished, tmp_path):
             "Did you mean train.iterations?",
         ),
         (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
-        (["train.py", "--config", "README.md"], "is not JSON: line 1"),
+        (["train.py", "--config", "README.md"], "is not valid JSON: line 1"),
         (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
         pytest.param(  # it imports TensorFlow, as the next one does
             ["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"],
@@ -247,11 +247,12 @@ def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys,
     Image.new("RGB", (30, 30)).save(
         images / "frames.gif", save_all=True, append_images=[Image.new("RGB", (30, 30), "red")]
     )
-    decoded, decode = [], sources.read_image
-    monkeypatch.setattr(sources, "read_image", lambda path: (decoded.append(path.name), decode(path))[1])
+    decoded, decode = [], sources._graph
+    monkeypatch.setattr(sources, "_graph", lambda encoded: (decoded.append(len(encoded)), decode(encoded))[1])
+    sizes = {path.name: path.stat().st_size for path in images.iterdir()}
     assert commands.detect(export, [images], tmp_path / "out", 0.3) == 1
     assert "bomb.png has 400,000,000 pixels" in capsys.readouterr().err
-    assert sorted(decoded) == ["frames.gif", "large.png", "small.png"]
+    assert sorted(decoded) == sorted(sizes[name] for name in ("frames.gif", "large.png", "small.png"))
 
     file = export / "1" / card.EXTRA / card.CARD
     tree = json.loads(file.read_text())
@@ -261,8 +262,8 @@ def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys,
     decoded.clear()
     assert commands.detect(export, [images], tmp_path / "out", 0.3) == 1
     said = capsys.readouterr()
-    assert "large.png has 1,681 pixels" in said.err and "frames.gif has 1,800 pixels, all frames" in said.err
-    assert "an image may have 1,600" in said.err and decoded == ["small.png"] and "1 pictures in" in said.out
+    assert "large.png has 1,681 pixels" in said.err and "frames.gif has 1,800 pixels by" in said.err
+    assert decoded == [sizes["small.png"]] and "1 pictures in" in said.out
 
 
 def test_detect_takes_file_names_of_every_kind(tiny_export, tmp_path, capsys):
@@ -272,12 +273,10 @@ def test_detect_takes_file_names_of_every_kind(tiny_export, tmp_path, capsys):
     for name in names:
         big_png(Path(os.fsdecode(os.path.join(folder, name))), 30)
     Path(os.fsdecode(os.path.join(folder, b"\x1b[3J\xff.png"))).write_text("no image")
-    os.mkfifo(tmp_path / "images/pipe.png")
     assert commands.detect(tiny_export, [tmp_path / "images"], tmp_path / "out", 0.3) == 1
     said = capsys.readouterr()
     text = (said.out + said.err).encode("utf-8").decode()  # all of it is text
-    assert "\x1b" not in text and r"caf\udce9.png" in text and r"\x1b[3J\udcff.png cannot be read" in text
-    assert "pipe.png cannot be read as an image: it is not a regular file" in text
+    assert "\x1b" not in text and r"caf\xe9.png" in text and r"\x1b[3J\xff.png cannot be read" in text
     assert len(list((tmp_path / "out").rglob("*.png"))) == len(names)
 
 

@@ -198,11 +198,16 @@ GOOD = found((1, 1, 0, 0, 9, 9, 0.5))[0]
         (found((1, 6, 0, 0, 9, 9, 0.5)), "unknown category id: 6"),
         (found(("1", 1, 0, 0, 9, 9, 0.5)), "unknown image id: '1'.*such as 1"),
         ([{**GOOD, "image_id": [1]}], "expected each image id as a number or string"),
+        ([{**GOOD, "image_id": True}], "expected each image id as a number or string"),
+        ([{**GOOD, "category_id": True}], "expected each category id as a number or string"),
+        ([{**GOOD, "score": 1e308}], r"expected score as a finite number of at most 1e\+15, got 1e\+308"),
+        ([{**GOOD, "bbox": [0, 0, 1e308, 9]}], r"at most 1e\+15, got \[0, 0, 1e\+308, 9\]"),
+        ([{**GOOD, "bbox": [0] * 100_000}], r"expected bbox as a list of four numbers, got \[0, 0, 0.{0,50}\.\.\.$"),
         ({"annotations": []}, "expected a list of detections.*got dict"),
         ([GOOD, 3], "entry 1: expected an object, got int"),
         ([{k: v for k, v in GOOD.items() if k != "score"}], "entry 0 lacks score"),
-        ([{**GOOD, "score": float("nan")}], "expected score as a finite number, got nan"),
-        ([{**GOOD, "score": None}], "expected score as a finite number, got None"),
+        ([{**GOOD, "score": float("nan")}], "expected score as a finite number of at most 1e.15, got nan"),
+        ([{**GOOD, "score": None}], "expected score as a finite number of at most 1e.15, got None"),
         ([{**GOOD, "bbox": [0, 0, 9]}], "expected bbox as a list of four numbers"),
         ([{**GOOD, "bbox": [0, 0, "9", 9]}], "expected bbox as a list of four numbers"),
         ([{**GOOD, "bbox": [0, 0, float("inf"), 9]}], "finite and without a negative size"),
@@ -219,8 +224,13 @@ def test_bad_files(tmp_path):
     with pytest.raises(DataError, match="broken.json cannot be read"):
         coco_metrics(truth([]), path)
     path.write_text('[{"image_id": 1,')
-    with pytest.raises(DataError, match="broken.json is not JSON"):
+    with pytest.raises(DataError, match="broken.json is not valid JSON"):
         coco_metrics(truth([]), path)
+    path.write_text("[" * 200_000)
+    with pytest.raises(DataError, match="broken.json is not valid JSON: .*nested too deeply"):
+        coco_metrics(truth([]), path)
+    path.write_text("\ufeff[]", encoding="utf-8")
+    assert coco_metrics(truth([(1, 1, 0, 0, 9, 9)]), path)["AP"] == 0
     with pytest.raises(DataError, match="broken.json"):
         coco_metrics(path, [])
 

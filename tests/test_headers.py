@@ -8,8 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras.data import sources
-from retinanet_keras.serving import headers
+from retinanet_keras.data import headers, sources
 
 WIDTH, HEIGHT = 301, 87
 SAVED = {

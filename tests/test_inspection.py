@@ -221,7 +221,7 @@ def test_a_split_that_cannot_be_read_does_not_stop_the_others(dataset):
     (dataset.folder / "annotations" / "instances_train.json").write_text("{")
     report = inspection.inspect(dataset.config(data={"test_split": "test"}), dataset.folder / "out")
     assert ["train: " in e or "test: " in e for e in report["errors"]] == [True, True]
-    assert "is not JSON" in report["errors"][0] and "No annotations" in report["errors"][1]
+    assert "is not valid JSON" in report["errors"][0] and "No annotations" in report["errors"][1]
     assert list(report["splits"]) == ["val"]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_keras.results import plots, report
-from retinanet_keras.results.evaluation import METRICS, coco_metrics
+from retinanet_keras.results import plots, report, table
+from retinanet_keras.results.evaluation import METRICS, coco_metrics, format_metrics
 from retinanet_keras.results.report import caption, write_report
 
 NAMES = ("<b>", '"', "a & 'b'", "Straße 木", "</style><script>alert(1)</script>", "never \ud800 seen")
@@ -89,8 +89,20 @@ def test_classes_are_sorted_and_no_name_becomes_markup(page):
     reader = Reader(page.read_text(encoding="utf-8"))
     assert {tag for tag, _ in reader.elements}.isdisjoint({"b>", "script", "i", "link", "iframe", "object", "base"})
     table = reader.text[reader.text.index("The best first") :]
-    shown = [name.replace("\ud800", "?") for name in NAMES]
+    shown = [name.replace("\ud800", "\\ud800") for name in NAMES]
     assert sorted(shown, key=table.index) == [*shown[4:0:-1], shown[0], shown[5]]  # class k: k of 4; None is last
+
+
+def test_names_are_short_text_in_the_page_and_in_tables(tmp_path, metrics):
+    row = next(iter(metrics["per_class"].values()))
+    changed = {**metrics, "per_class": {"\x1b[2J" + "x" * 100_000: row, "cat": row}, "curves": {"all": None}}
+    write_report(tmp_path / "page.html", changed, title="\x1b]0;title\x07")
+    for text in ((tmp_path / "page.html").read_text(encoding="utf-8"), format_metrics(changed)):
+        assert r"\x1b[2Jx" in text and "\x1b" not in text and "\x07" not in text and "x" * 400 not in text
+    (line,) = table.rows("folder/\udcff\x1b[31m.jpg", [[1, 2, 3, 4]], [0.5], ["\x1b" * 100_000], 0.3)
+    assert line.startswith(r"folder/\xff\x1b[31m.jpg  ") and line.isprintable() and len(line) == len(table.HEADER)
+    (line,) = table.rows("\x1b" * 200, [], [], [], 0.3)
+    assert line.isprintable() and len(line) < 80
 
 
 def test_the_file_needs_nothing_else(page):

@@ -116,7 +116,7 @@ def test_generate_writes_a_dataset_that_loads(tmp_path):
     for split, count in (("train", 20), ("val", 3), ("test", 2)):
         file = folder / "annotations" / f"instances_{split}.json"
         dataset = coco.load(file, folder / "images")
-        assert len(dataset) == count and coco.missing_files(dataset) == [] and dataset.dropped == {}
+        assert len(dataset) == count and coco.unusable_files(dataset) == ([], []) and dataset.dropped == {}
         assert dataset.categories.names == shapes.NAMES
         for i in range(count):
             _, boxes, labels = shapes.render(SMALL.seed, split, i, SMALL.side)

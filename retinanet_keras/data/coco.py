@@ -4,9 +4,9 @@ Labels are 0..K-1 in increasing order of category id; `Categories` maps back. Bo
 pixels here: COCO's `x, y, width, height` ends at this boundary. What the JSON must hold is in `rules`.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import json
 import logging
 import os
 from dataclasses import dataclass, field
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from retinanet_keras import strict_json
 from retinanet_keras.data import rules
 from retinanet_keras.errors import UserError
+from retinanet_keras.printable import printable
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -42,11 +44,24 @@ class Categories:
     @classmethod
     def from_list(cls, rows):
         """The Categories whose `to_list` gives `rows`, in any order."""
+        if not isinstance(rows, (list, tuple)) or not all(map(_is_category, rows)):
+            raise DataError(
+                f"Expected categories as a list of objects with whole numbers as label and id, and a name; got "
+                f"{rules.show(rows)}."
+            )
         rows = sorted(rows, key=lambda row: row["label"])
         labels = [row["label"] for row in rows]
         if labels != list(range(len(rows))):
             raise DataError(f"Expected the labels 0 to {len(rows) - 1} once each, got {rules.show(labels)}.")
-        return cls(tuple(int(row["id"]) for row in rows), tuple(str(row["name"]) for row in rows))
+        return cls(tuple(row["id"] for row in rows), tuple(row["name"] for row in rows))
+
+
+def _is_category(row):
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(key), int) and not isinstance(row[key], bool) for key in ("label", "id"))
+        and isinstance(row.get("name"), str)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +79,7 @@ class CocoDataset:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> annotations of the file left out, crowds included
     spans: np.ndarray | None = None  # int64 [N, 2], first byte and number of bytes in the file; None: whole files
     labelled: bool = True  # whether the JSON has annotations at all, be it none for these images
+    max_pixels: int | None = None  # of an image that is decoded; None: any
 
     def __len__(self):
         return len(self.image_ids)
@@ -91,18 +107,15 @@ class CocoDataset:
         counts = np.diff(self.offsets)[indices]  # [n]
         offsets = _offsets(counts)  # [n + 1]
         rows = np.repeat(self.offsets[indices] - offsets[:-1], counts) + np.arange(offsets[-1])  # [m]
-        return CocoDataset(
-            categories=self.categories,
+        return dataclasses.replace(
+            self,
             image_ids=self.image_ids[indices],
             files=tuple(self.files[i] for i in indices),
             sizes=self.sizes[indices],
             offsets=offsets,
             boxes=self.boxes[rows],
             labels=self.labels[rows],
-            annotation_file=self.annotation_file,
-            dropped=self.dropped,
             spans=None if self.spans is None else self.spans[indices],
-            labelled=self.labelled,
         )
 
 
@@ -116,7 +129,7 @@ def load(annotation_file, image_dir, *, keep_empty=True):
 
     Args:
         annotation_file: the JSON; `annotations` may be absent, as in test-dev's.
-        image_dir: the folder of the `file_name`s. `missing_files` tells whether the files exist.
+        image_dir: the folder of the `file_name`s. `unusable_files` tells whether the files exist.
         keep_empty: keep the images that have no boxes left.
 
     Returns:
@@ -149,21 +162,18 @@ def read(annotation_file):
     """The JSON object of an annotation file, or a DataError."""
     path = Path(annotation_file)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            tree = json.load(file)
+        tree = strict_json.read(path, strict=False)  # which for COCO's files would take seconds
     except FileNotFoundError:
         names = sorted(p.name for p in path.parent.glob("*.json"))
         near = difflib.get_close_matches(path.name, names, rules.SHOWN, 0.4) or names[: rules.SHOWN]
         raise DataError(
-            f"No annotations at {path}; {path.parent} holds {', '.join(near) or 'no .json file'}. "
+            f"No annotations at {path}; {path.parent} holds {printable(', '.join(near)) or 'no .json file'}. "
             "data.dir, data.annotations and the names of the splits say where to look."
         ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}. Was it written to the end?"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text: {error}") from None
+    except strict_json.JsonError as error:
+        raise DataError(f"{path} is not valid JSON: {error}. Was it written to the end?") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(tree, dict):
         raise DataError(
             f"{path} must hold a JSON object with `images`, `annotations` and `categories`, got {rules.show(tree)}"
@@ -205,15 +215,24 @@ def examine(tree, annotation_file, image_dir):
     return findings, dataset
 
 
-def missing_files(dataset):
-    """The paths in `dataset.files` that do not exist. Lists each folder once, which 118k files need."""
+def unusable_files(dataset):
+    """The paths in `dataset.files` that do not exist, and those that are no regular file, such as a named pipe.
+
+    Lists each folder once, which 118k files need, and takes symbolic links as they are.
+    """
     present = set()
     for folder in {os.path.dirname(path) for path in dataset.files}:
-        try:
-            present.update(os.path.join(folder, name) for name in os.listdir(folder or "."))
-        except OSError:
-            continue
-    return [path for path in dataset.files if path not in present and not os.path.exists(path)]
+        with contextlib.suppress(OSError, ValueError), os.scandir(folder or ".") as entries:
+            present.update(
+                os.path.join(folder, entry.name)
+                for entry in entries
+                if entry.is_file(follow_symlinks=False) or entry.is_symlink()
+            )
+    left = [path for path in dataset.files if path not in present and not os.path.isfile(path)]
+    there = [os.path.exists(path) for path in left]
+    missing, irregular = ([path for path, is_there in zip(left, there, strict=True) if is_there == wanted]
+                          for wanted in (False, True))  # fmt: skip
+    return missing, irregular
 
 
 def _offsets(counts):

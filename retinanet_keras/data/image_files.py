@@ -90,6 +90,23 @@ def check(dataset, title):
     return findings, sound, {"image_modes": dict(Counter(modes.tolist())), "exif_rotated": int(rotated.sum())}
 
 
+def findings_of(dataset):
+    """What shows without opening a file: those that are missing or not regular, and images that are too large."""
+    absent, irregular = coco.unusable_files(dataset)
+    findings = missing(absent) + rules.find(
+        "file-not-regular", ERROR, np.ones([len(irregular)], bool), lambda i: irregular[i],
+        "images that are not regular files", "A folder, a named pipe or a device cannot be read as one: replace them.",
+    )  # fmt: skip
+    if dataset.max_pixels is None:
+        return findings
+    pixels = dataset.sizes.astype(np.int64).prod(axis=1)
+    return findings + rules.find(
+        "image-too-large", ERROR, pixels > dataset.max_pixels, lambda i: f"{dataset.name_of(i)} has {pixels[i]:,}",
+        f"images of more than data.max_pixels, {dataset.max_pixels:,}",
+        "Make them smaller, or set more: each takes 3 bytes a pixel, 9 as a progressive JPEG.",
+    )  # fmt: skip
+
+
 def missing(paths):
     """The finding that these files do not exist, if there are any."""
     return rules.find(

@@ -14,6 +14,7 @@ import numpy as np
 from retinanet_keras import anchors, targets
 from retinanet_keras.data import coco, image_files, pipeline, reach, rules, sources
 from retinanet_keras.data.rules import ERROR, WARNING
+from retinanet_keras.printable import printable
 from retinanet_keras.results import draw
 
 logger = logging.getLogger("retinanet_keras")
@@ -21,6 +22,7 @@ logger = logging.getLogger("retinanet_keras")
 SAMPLE = 5000  # boxes looked at before training
 TOO_FEW_TRAINED = 0.5  # of the boxes that get a positive anchor: an error
 FEW_REACHED = 0.95  # of the boxes, by an anchor of `targets.positive_iou`: a warning
+NAME = 32  # characters of a class's name in the report
 PICTURES, PAIRS = 12, 6  # images drawn with boxes; images drawn with their anchors
 
 
@@ -34,7 +36,7 @@ def check_before_training(dataset, config):
     Raises:
         DataError: where training could not work. What only makes it worse is logged as a warning.
     """
-    findings = image_files.missing(coco.missing_files(dataset)) + _no_boxes(dataset, ERROR)
+    findings = image_files.findings_of(dataset) + _no_boxes(dataset, ERROR)
     if not findings:
         findings = _reach(dataset, config, *reach.best_iou_of(dataset, config, SAMPLE))
     for finding in findings:
@@ -45,8 +47,8 @@ def check_before_training(dataset, config):
 
 
 def check_files(dataset):
-    """A DataError where image files of a dataset are missing."""
-    for finding in image_files.missing(coco.missing_files(dataset)):
+    """A DataError where image files of a dataset are missing, not regular, or too large by the annotations."""
+    for finding in image_files.findings_of(dataset):
         raise coco.DataError(f"{dataset.annotation_file}: {finding}")
 
 
@@ -116,10 +118,11 @@ def _reach(dataset, config, best, labels, sides):
     if missed.mean() <= 1 - FEW_REACHED:
         return []
     worst = Counter(labels[missed].tolist()).most_common(rules.SHOWN)
+    worst = [(printable(dataset.categories.names[label], NAME), count) for label, count in worst]
     smallest, largest = reach.anchor_sides(config.anchors)
     sentences = [
         f"That is {100 * missed.mean():.0f}%",
-        f"the most are of {', '.join(f'{dataset.categories.names[label]} ({count})' for label, count in worst)}",
+        f"the most are of {', '.join(f'{name} ({count})' for name, count in worst)}",
         f"their median side is {np.median(sides[missed]):.0f} pixels at data.short_side={config.data.short_side}, "
         f"where anchors have {smallest:.0f} to {largest:.0f}",
     ]
@@ -186,17 +189,18 @@ def _text(report, config):
             f"  {numbers['boxes']} boxes; left out: {left_out}",
             f"  IoU of the boxes with their best anchor, at data.short_side={config.data.short_side} and "
             f"anchors.size={config.anchors.size:g}:",
-            f"  {'class (category id)':<32} {'boxes':>9} {f'{config.targets.positive_iou:g} or more':>16} "
+            f"  {'class (category id)':<{NAME}} {'boxes':>9} {f'{config.targets.positive_iou:g} or more':>16} "
             f"{f'under {config.targets.negative_iou:g}':>12}",
         ]
         for name, row in {**numbers["classes"], "all": numbers}.items():
             count, below = row["boxes"], row["below_negative_iou"]
             share = f"{100 * row['reached'] / count:.1f}%" if count else ""
-            lines.append(f"  {name[:32]:<32} {count:>9} {row['reached']:>9} {share:>6} {below:>12}")
+            name = printable(name[:NAME], NAME)
+            lines.append(f"  {name:<{NAME}} {count:>9} {row['reached']:>9} {share:>6} {below:>12}")
         lines.append("")
     for kind in ("errors", "warnings"):
         lines += [f"{len(report[kind])} {kind}", *(f"- {line}" for line in report[kind])]
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 def _draw(to, split, dataset, config):

@@ -4,14 +4,19 @@ The functions take the JSON's lists and return what they found wrong beside arra
 can refuse a file and the dataset check can report all of its faults.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 
 import numpy as np
 
+from retinanet_keras.printable import printable
+
 ERROR, WARNING, NOTE = "error", "warning", "note"  # loading stops; loading logs it; only the dataset check tells
 CROWD, NOT_FINITE, NO_AREA, OUTSIDE = "crowd", "not finite", "without area", "outside the image"
 SHOWN = 3  # offenders named in a message
+LONGEST = 300  # characters of such a name
+LARGEST = 1e15  # of a coordinate: its square, and sums of such, are finite in float32, too
 OVERHANG = 1.0  # pixels beyond the image that annotation tools reach by rounding
 
 
@@ -35,7 +40,7 @@ class Finding:
 def find(rule, level, offends, show, what, fix=""):
     """A list of the one Finding where any of `offends` (bool [n]) holds, else []. `show(i)` tells what i is."""
     offenders = np.flatnonzero(offends)
-    examples = tuple(show(int(i)) for i in offenders[:SHOWN])
+    examples = tuple(printable(show(int(i)), LONGEST) for i in offenders[:SHOWN])
     return [Finding(rule, level, len(offenders), what, examples, fix)] if len(offenders) else []
 
 
@@ -47,7 +52,7 @@ def check_lists(tree):
         if value is None and key == "annotations":
             value = []
         if not isinstance(value, list) or (not value and key != "annotations"):
-            got = f"it is {show(value)}" if key in tree else f"the file has {', '.join(list(tree)[:8]) or 'nothing'}"
+            got = f"it is {show(value)}" if key in tree else f"the file has {show(list(tree)[:8])}"
             fix = f"Expected a list of JSON objects; {got}. Is this COCO's format for detection?"
             findings.append(Finding("key", ERROR, 1, f"list that is missing or empty: `{key}`", (), fix))
             value = []
@@ -60,11 +65,13 @@ def check_categories(rows):
     ids, whole = _integers(rows, "id")
     names = [row.get("name") for row in rows]
     named = np.array([isinstance(name, str) for name in names], bool)
-    usable = whole & named
+    broken = np.array([isinstance(name, str) and not _is_text(name) for name in names], bool)
+    usable = whole & named & ~broken
     again = _repeated(ids, whole)
     findings = find(
         "category", ERROR, ~usable, lambda i: f"categories[{i}] is {show(rows[i])}",
-        "categories without a whole number as `id` and a text as `name`", "Add them.",
+        "categories without a whole number as `id` and a text as `name`",
+        "Add them; a text has no halves of characters (\\ud800 to \\udfff alone).",
     )  # fmt: skip
     findings += find(
         "category-id-twice", ERROR, again, lambda i: f"{ids[i]} ({names[i]})",
@@ -140,7 +147,7 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
     limits[sound] = np.tile(sizes[image[sound], ::-1], 2)
     with np.errstate(invalid="ignore", over="ignore"):
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)  # [R, 4]
-        finite = np.isfinite(xyxy).all(axis=1)
+        finite = (np.abs(xyxy) <= LARGEST).all(axis=1)
         clipped = np.clip(xyxy, 0, limits).astype(np.float32)  # [R, 4]
         beyond = np.maximum(-xyxy, xyxy - limits).max(axis=1)  # [R] pixels
     area = finite & (xywh[:, 2:] > 0).all(axis=1)
@@ -200,7 +207,10 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
 
 def show(value):
     """A value as short JSON."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:  # it may be nested as deeply as can be read
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -208,7 +218,7 @@ def _integers(rows, key, missing=0):
     """int64 [n] and bool [n], which of the values are whole numbers; the others hold `missing`."""
     values = [row.get(key) for row in rows]
     array = _array(values)
-    if array.dtype.kind == "i" and array.shape == (len(values),):
+    if array.dtype.kind == "i" and array.shape == (len(values),) and not _has_booleans(values):
         return array.astype(np.int64), np.ones([len(values)], bool)
     whole = [_is_number(value) and abs(value) < 2**63 and value == int(value) for value in values]
     array = [int(value) if ok else missing for value, ok in zip(values, whole, strict=True)]
@@ -219,7 +229,8 @@ def _boxes(rows):
     """float64 [n, 4] and bool [n], which `bbox`es are lists of four numbers; the others hold zeros."""
     values = [row.get("bbox") for row in rows]
     array = _array(values)
-    if array.dtype.kind in "if" and array.shape == (len(values), 4):
+    plain = array.dtype.kind in "if" and array.shape == (len(values), 4)
+    if plain and not _has_booleans(itertools.chain.from_iterable(values)):
         return array.astype(np.float64), np.ones([len(values)], bool)
     is_box = [isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)) for value in values]
     array = [value if ok else [0.0] * 4 for value, ok in zip(values, is_box, strict=True)]
@@ -234,8 +245,18 @@ def _array(values):
         return np.zeros([0], object)
 
 
+def _has_booleans(values):
+    """Whether any is true or false, which NumPy takes for 1 or 0 among numbers."""
+    return bool in set(map(type, values))
+
+
 def _is_number(value):
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_text(value):
+    """Whether UTF-8 can write a str: JSON may name half a character."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _codes(values):

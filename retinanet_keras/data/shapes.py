@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from retinanet_keras import strict_json
 from retinanet_keras.config import ShapesConfig
 from retinanet_keras.data.coco import DataError
 
@@ -92,7 +93,7 @@ def _is_done(directory, stamp):
     if not any(directory.iterdir()):
         return False
     try:
-        there = {**_plain(ShapesConfig()), **json.loads((directory / STAMP).read_text())}  # it may be older than a key
+        there = {**_plain(ShapesConfig()), **strict_json.read(directory / STAMP)}  # it may be older than a key
         changed = [f"{key} {there.get(key)} there, {new} here" for key, new in stamp.items() if there.get(key) != new]
     except (OSError, ValueError, TypeError):
         raise DataError(f"{directory} holds other files than a generated dataset. {advice}") from None

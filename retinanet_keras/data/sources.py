@@ -1,9 +1,13 @@
 """Where a split's images and boxes are: COCO files, the generated shapes, TensorFlow Datasets."""
 
+import dataclasses
+import os
+import stat
+
 import numpy as np
 import tensorflow as tf
 
-from retinanet_keras.data import coco, shapes, splits, tfds
+from retinanet_keras.data import bitmaps, coco, headers, shapes, splits, tfds
 from retinanet_keras.errors import first_line
 
 
@@ -22,8 +26,10 @@ def open_split(config, split, *, keep_empty=True):
         DataError: saying what is missing or wrong, and where.
     """
     if config.source == "tfds":
-        return tfds.open_split(config, split, keep_empty=keep_empty)
-    return coco.load(*_files(config, split), keep_empty=keep_empty)
+        dataset = tfds.open_split(config, split, keep_empty=keep_empty)
+    else:
+        dataset = coco.load(*_files(config, split), keep_empty=keep_empty)
+    return dataclasses.replace(dataset, max_pixels=config.max_pixels)
 
 
 def examine(config, split):
@@ -31,9 +37,10 @@ def examine(config, split):
     if config.source == "tfds":
         dataset = tfds.open_split(config, split)
         findings, _ = coco.examine(coco.read(dataset.annotation_file), dataset.annotation_file, config.dir)
-        return findings, dataset
-    file, images = _files(config, split)
-    return coco.examine(coco.read(file), file, images)
+    else:
+        file, images = _files(config, split)
+        findings, dataset = coco.examine(coco.read(file), file, images)
+    return findings, dataclasses.replace(dataset, max_pixels=config.max_pixels)
 
 
 def annotation_file(config, split):
@@ -49,20 +56,28 @@ def _files(config, split):
 
 
 def encoded_reader(dataset):
-    """A function of the graph: index -> the encoded bytes of that image."""
-    files = tf.constant(dataset.files)
-    if dataset.spans is None:
-        return lambda index: tf.io.read_file(files[index])
-    spans = tf.constant(dataset.spans)
+    """A function of the graph: index -> the encoded bytes of that image, which has at most `dataset.max_pixels`."""
+    files = tf.constant([os.fsencode(file) for file in dataset.files], tf.string)
+    spans = None if dataset.spans is None else tf.constant(dataset.spans)
 
     def read(index):
-        return tf.ensure_shape(tf.numpy_function(_part, [files[index], spans[index]], tf.string), [])
+        if spans is None:
+            encoded = tf.io.read_file(files[index])
+        else:
+            encoded = tf.ensure_shape(tf.numpy_function(_part, [files[index], spans[index]], tf.string), [])
+        return encoded if dataset.max_pixels is None else headers.checked(encoded, dataset.max_pixels)
 
     return read
 
 
 def _part(file, span=(0, -1)):
     """Bytes of a file: (where they begin, how many, -1 for all the rest)."""
+    try:
+        regular = stat.S_ISREG(os.stat(file).st_mode)
+    except ValueError as error:  # a name that no file can have
+        raise OSError(str(error)) from None
+    if not regular:  # opening a named pipe waits for a writer, perhaps forever
+        raise OSError("it is not a regular file")
     with open(file, "rb") as opened:
         opened.seek(span[0])
         return opened.read(span[1])
@@ -72,16 +87,26 @@ def decode(image_bytes):
     """Encoded JPEG, PNG, BMP, GIF or WebP bytes -> RGB uint8 [H, W, 3]. EXIF and transparency are ignored everywhere.
 
     Raises, when run:
-        InvalidArgumentError: they are none of these, or an animated WebP.
+        InvalidArgumentError: they are none of these, an animated WebP, or a compressed BMP.
     """
-    start = tf.ensure_shape(tf.io.decode_raw(image_bytes, tf.uint8, fixed_length=25), [25])  # zeros where it is shorter
     image = tf.cond(
-        _is(start[:4], b"RIFF") & _is(start[8:12], b"WEBP"),
-        lambda: _decode_webp(image_bytes, start),
-        lambda: tf.io.decode_image(image_bytes, channels=3, expand_animations=False),
+        tf.io.is_jpeg(image_bytes),  # the common one first
+        lambda: tf.io.decode_jpeg(image_bytes, channels=3),
+        lambda: _decode_other(image_bytes),
     )
     image.set_shape([None, None, 3])
     return image
+
+
+def _decode_other(image_bytes):
+    start = tf.ensure_shape(tf.io.decode_raw(image_bytes, tf.uint8, fixed_length=25), [25])  # zeros where it is shorter
+    return tf.case(
+        [
+            (_is(start[:4], b"RIFF") & _is(start[8:12], b"WEBP"), lambda: _decode_webp(image_bytes, start)),
+            (_is(start[:2], b"BM"), lambda: bitmaps.decode(image_bytes)),
+        ],
+        default=lambda: tf.io.decode_image(image_bytes, channels=3, expand_animations=False),
+    )
 
 
 def _decode_webp(image_bytes, start):
@@ -119,18 +144,18 @@ def decode_reduced(image_bytes, halvings):
     return image, tf.bitwise.left_shift(1, halvings)
 
 
-def read_image(path):
+def read_image(path, max_pixels):
     """The RGB pixels of a file, uint8 NumPy [H, W, 3].
 
     Raises:
-        DataError: where the file is missing or no image.
+        DataError: where the file is missing, no image, or one of more than `max_pixels` by its header.
     """
-    return _decoded(lambda: _part(path), path)
+    return _decoded(lambda: _part(path), path, max_pixels)
 
 
 def image_of(dataset, i):
     """The same of image i of a dataset."""
-    return _decoded(lambda: encoded_image(dataset, i), dataset.name_of(i))
+    return _decoded(lambda: encoded_image(dataset, i), dataset.name_of(i), dataset.max_pixels)
 
 
 def encoded_image(dataset, i):
@@ -138,11 +163,23 @@ def encoded_image(dataset, i):
     return _part(dataset.files[i], (0, -1) if dataset.spans is None else dataset.spans[i])
 
 
-def _decoded(read, name):
+def _decoded(read, name, max_pixels):
     try:
-        return decode(read()).numpy()
+        encoded = read()
+        found = int(_pixels(encoded))
+        if max_pixels is None or found <= max_pixels:
+            return _graph(encoded).numpy()
     except (OSError, tf.errors.OpError) as error:
         raise coco.DataError(f"{name} cannot be read as an image: {first_line(error)}") from None
+    raise coco.DataError(
+        f"{name} has {found:,} pixels by its header, more than data.max_pixels, {max_pixels:,}. Make it smaller, or "
+        "set more where there is a configuration"
+    )
+
+
+# Compiled: op by op, looking through a GIF takes minutes.
+_pixels = tf.function(headers.pixels, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+_graph = tf.function(decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 
 
 def unusable_images(dataset, indices):

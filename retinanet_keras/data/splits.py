@@ -105,6 +105,18 @@ def _find(config, folder):
     return next((place for place in places if place.is_dir()), None)
 
 
+def _tree(file, *keys):
+    """The JSON object of one of COCO's files; a DataError where it lacks a list, or an entry what joining needs."""
+    tree = coco.read(file)
+    for key in keys:
+        needed = {"images": ("id", "file_name"), "annotations": ("image_id",)}.get(key, ())
+        rows = tree.get(key)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= set(needed) for row in rows):
+            parts = f", each with {' and '.join(needed)}" if needed else ""
+            raise DataError(f"{file}: expected a list of objects under {key!r}{parts}. Fetch the file again")
+    return tree
+
+
 def _from_2014(config, name):
     """The annotation file of train2017 or val2017 put together from those of 2014, newer than all of them."""
     files = {year: own_file(config, year) for year in ("train2014", "val2014")}
@@ -124,10 +136,10 @@ def _from_2014(config, name):
     if target.is_file() and coco.read(target).get("made_of") == made_of:
         return target
 
-    minival = {image["id"] for image in coco.read(ids_file)["images"]}
+    minival = {image["id"] for image in _tree(ids_file, "images")["images"]}
     images, annotations, categories = [], [], []
     for year in ["val2014"] if name == "val2017" else ["train2014", "val2014"]:
-        folder, tree = folders[year], coco.read(files[year])
+        folder, tree = folders[year], _tree(files[year], "images", "annotations", "categories")
         if folder is None:
             raise DataError(f"{name} from COCO's files of 2014: there is no folder {Path(config.dir) / year}")
         kept = {i["id"] for i in tree["images"] if year == "train2014" or (i["id"] in minival) == (name == "val2017")}

@@ -5,6 +5,8 @@ Images are uint8 RGB [H, W, 3]; boxes are absolute `x1, y1, x2, y2` in their pix
 
 import colorsys
 import math
+import os
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from retinanet_keras import storage
+from retinanet_keras.printable import printable
 
 # Okabe and Ito's colours, which people with any form of colour blindness can tell apart; black is left out, for
 # pictures are dark in places.
@@ -21,7 +24,9 @@ PALETTE = (
 NO_CLASS = PALETTE[5]
 CAPTION = (60, 60, 60)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-LONGEST = 200  # characters of a name that may be shown; shortening longer ones until they fit would take long
+LONGEST = 80  # characters of a name in a tag
+SEEN = 4 * LONGEST  # characters of a name that are looked at, spaces and all
+MOST_BYTES = 255  # of a file's name, on most systems
 PANEL_SIDES = (320, 1600)  # least and largest longer side of a panel of `side_by_side`, in pixels
 
 
@@ -179,15 +184,27 @@ def grid(images, columns=None, cell=None):
 
 
 def save(path, image):
-    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, in one step, making its folder."""
+    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, in one step, making its folder.
+
+    A name that is longer than file systems take, as an image's with a further suffix may be, is shortened.
+    """
     path, jpeg = Path(path), {"format": "JPEG", "quality": 92}
     options = {".png": {"format": "PNG"}, ".jpg": jpeg, ".jpeg": jpeg}.get(path.suffix.lower())
     if options is None:
         raise ValueError(f"Expected a path that ends in .png, .jpg or .jpeg, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(_checked(image))
-    with storage.replacing(path) as partial:
+    with storage.replacing(_short(path)) as partial:
         image.save(partial, **options)
+
+
+def _short(path):
+    """The path with a name of at most MOST_BYTES; a shortened one ends in a sum of the whole, so that none collide."""
+    name = os.fsencode(path.name)
+    if len(name) <= MOST_BYTES:
+        return path
+    end = f"-{zlib.crc32(name):08x}{path.suffix}"
+    return path.with_name(name[: MOST_BYTES - len(end)].decode("utf-8", "ignore") + end)
 
 
 def _checked(image):
@@ -202,7 +219,7 @@ def _checked(image):
 
 def _tag_size(canvas, font, words, columns, rows):
     """(text, width, height) of a tag, shortened until it fits the image, or None where the image is too small."""
-    words = [" ".join(str(word)[:LONGEST].encode("utf-8", "replace").decode().split()) for word in words]
+    words = [printable(" ".join(str(word)[:SEEN].split()), LONGEST) for word in words]
     shorter = [" ".join(words)]
     if len(words) == 2:
         name, score = words

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from retinanet_keras.printable import printable
 from retinanet_keras.results import files, matching, scoring
 from retinanet_keras.results.records import Records
 from retinanet_keras.results.scoring import ALL, LARGE, MEDIUM, SMALL
@@ -29,6 +30,7 @@ LIBRARIES = {"pycocotools": scoring.pycocotools, "hotcoco": scoring.hotcoco}  # 
 IOUS = {"0.50": slice(0, 1), "0.75": slice(5, 6), "0.50:0.95": slice(None)}  # of the curves: places of the 10 IoUs
 AREAS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
 CURVE_DIGITS = 5
+LONGEST = 40  # characters of a class's name in the table
 
 
 def to_results(image_id, boxes, scores, labels, categories):
@@ -114,12 +116,13 @@ def format_metrics(metrics):
     lines = [f"{name:>6} {_percent(metrics[name])}  {meaning}" for name, meaning in MEANINGS.items()]
     per_class = metrics.get("per_class") or {}
     if per_class:
-        width = max(5, *(len(name) for name in per_class))
+        per_class = [(printable(name, LONGEST), row) for name, row in per_class.items()]
+        width = max(5, *(len(name) for name, _ in per_class))
         lines += ["", f"{'class':{width}} {'AP':>6} {'AP50':>6} {'AR100':>6} {'objects':>8}"]
         lines += [
             f"{name:{width}} {_percent(row['AP'])} {_percent(row['AP50'])} {_percent(row['AR100'])} "
             f"{row['ground_truth']:>8}"
-            for name, row in per_class.items()
+            for name, row in per_class
         ]
     return "\n".join(lines)
 

@@ -2,23 +2,24 @@
 
 import collections
 import contextlib
-import json
-import math
 import numbers
 import os
 from pathlib import Path
 
+from retinanet_keras import strict_json
+from retinanet_keras.data import rules
 from retinanet_keras.data.coco import DataError
+from retinanet_keras.printable import printable
 
 
 def read_json(path):
     """The tree of a JSON file, or a DataError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return strict_json.read(path, strict=False)  # which for millions of detections would take seconds
     except (OSError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path} is not JSON: {error}") from None
+    except strict_json.JsonError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
 @contextlib.contextmanager
@@ -46,7 +47,9 @@ def check_entries(entries, keys, where):
             raise DataError(f"{where}: entry {position} lacks {', '.join(missing)}")
         box = entry["bbox"]
         if not (isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_number, box))):
-            raise DataError(f"{where}: entry {position}: expected bbox as a list of four numbers, got {box!r}")
+            raise DataError(
+                f"{where}: entry {position}: expected bbox as a list of four numbers, got {rules.show(box)}"
+            )
 
 
 def check_known(times, known, where, what):
@@ -58,8 +61,8 @@ def check_known(times, known, where, what):
     """
     unknown = {key: count for key, count in times.items() if key not in known}
     if unknown:
-        shown = ", ".join(repr(i) for i in list(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
-        have = f"such as {next(iter(known))!r}" if known else "none at all"
+        shown = ", ".join(_named(i) for i in list(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
+        have = f"such as {_named(next(iter(known)))}" if known else "none at all"
         raise DataError(
             f"{where}: {sum(unknown.values())} of {sum(times.values())} entries have an unknown {what}: {shown} "
             f"({len(unknown)} in all). The annotations have {len(known)}, {have}. Do both belong to one split?"
@@ -68,10 +71,10 @@ def check_known(times, known, where, what):
 
 def count(ids, where, what):
     """{id: how often it comes}, in the order of first appearance, or a DataError where one can be no id."""
-    try:
-        return collections.Counter(ids)
-    except TypeError:  # a list or dict as id
-        raise DataError(f"{where}: expected each {what} as a number or string") from None
+    ids = list(ids)
+    if {bool, list, dict, type(None)} & set(map(type, ids)):  # true would pass for 1
+        raise DataError(f"{where}: expected each {what} as a number or string")
+    return collections.Counter(ids)
 
 
 def numbered(entries, where):
@@ -82,19 +85,21 @@ def numbered(entries, where):
         raise DataError(f"{where}: expected objects with a number or string as `id`, got {odd} without")
     double = [i for i, times in collections.Counter(ids).items() if times > 1]
     if double:
-        raise DataError(f"{where}: expected each id once, {len(double)} come more often, such as {double[0]!r}")
+        raise DataError(f"{where}: expected each id once, {len(double)} come more often, such as {_named(double[0])}")
     return {key: index for index, key in enumerate(sorted(ids, key=lambda i: (isinstance(i, str), i)))}
 
 
 def finite(value):
-    try:
-        return is_number(value) and math.isfinite(value)
-    except OverflowError:  # JSON's whole numbers have no largest
-        return False
+    """Whether it is a number with which float32 can compute."""
+    return is_number(value) and abs(value) <= rules.LARGEST
 
 
 def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _named(id_):
+    return printable(repr(id_), 60)
 
 
 def kind(value):

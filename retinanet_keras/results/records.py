@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.rules import LARGEST
 from retinanet_keras.results import files
 
 KEYS = ("image_id", "category_id", "bbox", "score")
@@ -202,10 +203,13 @@ def _check(results, where):
         if not (all(map(files.finite, r["bbox"])) and min(r["bbox"][2:]) >= 0):
             raise DataError(
                 f"{where}: entry {position}: expected bbox as x, y, width, height, finite and without a negative size, "
-                f"got {r['bbox']!r}"
+                f"at most {LARGEST:g}, got {r['bbox']!r}"
             )
         if not files.finite(r["score"]):
-            raise DataError(f"{where}: entry {position}: expected score as a finite number, got {r['score']!r}")
+            raise DataError(
+                f"{where}: entry {position}: expected score as a finite number of at most {LARGEST:g}, "
+                f"got {r['score']!r}"
+            )
 
 
 def _is_plain(results):
@@ -221,7 +225,8 @@ def _is_plain(results):
         boxes, scores = np.array(boxes, np.float64).reshape(-1, 4), np.array(scores, np.float64)
     except (TypeError, KeyError, OverflowError):
         return False
-    return bool(np.isfinite(boxes).all() and np.isfinite(scores).all() and (boxes[:, 2:] >= 0).all())
+    small = all((np.abs(values) <= LARGEST).all() for values in (boxes, scores))  # and finite
+    return bool(small and (boxes[:, 2:] >= 0).all())
 
 
 def _number_of(id_, numbers):

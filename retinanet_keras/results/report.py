@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from retinanet_keras.printable import printable
 from retinanet_keras.results import files, plots
 from retinanet_keras.results.evaluation import IOUS, MEANINGS, METRICS
 
 PICTURE_SIDE = 640  # longer side of a picture in pixels; two panels lie beside each other in it
 JPEG_QUALITY = 82
+LONGEST = 300  # characters of a name
 STAGES = {
     "input": "waiting for the image, which is read, decoded and resized ahead",
     "network": "the forward pass",
@@ -207,8 +209,8 @@ def _percent(value):
 
 
 def _text(value):
-    """As text of HTML, also inside of quotes; what UTF-8 cannot write becomes a question mark."""
-    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"), quote=True)
+    """As text of HTML, also inside of quotes."""
+    return html.escape(printable(value, LONGEST), quote=True)
 
 
 def _data_uri(image):

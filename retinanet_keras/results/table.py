@@ -1,6 +1,6 @@
 """Detections as lines of text."""
 
-from retinanet_keras.errors import printable
+from retinanet_keras.printable import printable
 
 HEADER = f"{'image':<32} {'class':<16} {'score':>6} {'x1':>8} {'y1':>8} {'x2':>8} {'y2':>8}"
 

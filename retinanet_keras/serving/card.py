@@ -7,8 +7,8 @@ from importlib import metadata
 from pathlib import Path
 
 from retinanet_keras import storage, strict_json
-from retinanet_keras.errors import printable
 from retinanet_keras.identity import identity
+from retinanet_keras.printable import printable
 
 EXTRA = Path("assets.extra")  # a folder that TensorFlow leaves alone
 CARD, PAGE, SUMS = "model_card.json", "model_card.html", "SHA256SUMS"

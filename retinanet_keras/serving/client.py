@@ -12,7 +12,8 @@ from PIL import Image
 from retinanet_keras import storage
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.data.listing import image_files
-from retinanet_keras.errors import UserError, printable
+from retinanet_keras.errors import UserError
+from retinanet_keras.printable import printable
 from retinanet_keras.results import table
 from retinanet_keras.serving import pictures
 from retinanet_keras.serving.conversation import Refused, ServerError, connect
@@ -117,8 +118,6 @@ def _batches(files, signature, batch, results):
     group = []
     for path, name in files:
         try:
-            if not path.is_file():  # reading from a pipe may never end
-                raise DataError(f"{path} is not a regular file")
             item = path.read_bytes() if signature == "bytes" else _pixels(path)
         except (OSError, DataError) as error:
             _failed(name, str(error), results)

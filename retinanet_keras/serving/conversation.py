@@ -11,7 +11,8 @@ import re
 from urllib.parse import quote
 
 from retinanet_keras import strict_json
-from retinanet_keras.errors import UserError, printable
+from retinanet_keras.errors import UserError
+from retinanet_keras.printable import printable
 from retinanet_keras.serving import answers
 
 METHOD = "/tensorflow.serving.PredictionService/Predict"

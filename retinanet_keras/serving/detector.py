@@ -1,15 +1,10 @@
 """Detection in image files, by an export or by a model in memory: the same graph either way."""
 
-from pathlib import Path
-
 import numpy as np
 import tensorflow as tf
 
 from retinanet_keras import strict_json
-from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
-from retinanet_keras.errors import first_line
-from retinanet_keras.serving import headers
 from retinanet_keras.serving.export import CATEGORIES_FILE, signatures
 
 
@@ -21,37 +16,6 @@ def of_model(model, config):
     """
     graph = signatures(model, config)[0]
     return lambda images: {name: value.numpy() for name, value in graph(images).items()}
-
-
-@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
-def _pixels(encoded):
-    return headers.pixels(encoded)
-
-
-def read_image(path, max_pixels):
-    """`sources.read_image` with the limit that an export has: a larger image is refused before it is decoded.
-
-    Args:
-        path: of the file.
-        max_pixels: int. Pixels that its header may announce.
-
-    Raises:
-        DataError: where it is no regular file or no image, or larger.
-    """
-    if not Path(path).is_file():  # reading from a pipe may never end
-        raise DataError(f"{path} cannot be read as an image: it is not a regular file")
-    try:
-        pixels = int(_pixels(Path(path).read_bytes()))
-    except (OSError, tf.errors.OpError) as error:
-        raise DataError(f"{path} cannot be read as an image: {first_line(error)}") from None
-    if pixels < 0:
-        raise DataError(f"{path} cannot be read as an image: expected JPEG, PNG, GIF, BMP or WebP")
-    if pixels > max_pixels:
-        raise DataError(
-            f"{path} has {pixels:,} pixels, all frames counted, by its header, and an image may have {max_pixels:,}. "
-            "Make it smaller, or raise serving.max_pixels where the model was configured"
-        )
-    return sources.read_image(path)
 
 
 def of_export(path):

@@ -11,9 +11,9 @@ import keras
 import tensorflow as tf
 
 from retinanet_keras import detections, storage
-from retinanet_keras.data import augmentation, pipeline, sources
+from retinanet_keras.data import augmentation, headers, pipeline, sources
 from retinanet_keras.data.coco import Categories
-from retinanet_keras.serving import card, headers, inference, warmup
+from retinanet_keras.serving import card, inference, warmup
 
 logger = logging.getLogger("retinanet_keras")
 CATEGORIES_FILE = card.EXTRA / "categories.json"

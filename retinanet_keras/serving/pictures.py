@@ -1,23 +1,9 @@
 """Pictures of the detections in image files, each under the name of its image."""
 
-import hashlib
-import os
 from pathlib import Path
 
 from retinanet_keras.errors import UserError
 from retinanet_keras.results import draw
-
-LONGEST = 255  # bytes in a file's name, of most file systems
-
-
-def path_of(to, name):
-    """The picture's path in the folder `to`: the image's name, shortened where .png would make it too long."""
-    folder, _, base = name.rpartition("/")
-    encoded = os.fsencode(base)
-    if len(encoded) + len(".png") > LONGEST:
-        short = encoded[: LONGEST - len(".png") - 17].decode("utf-8", "ignore")
-        base = f"{short}-{hashlib.sha256(encoded).hexdigest()[:16]}"
-    return Path(to, folder, f"{base}.png")
 
 
 def write(to, name, pixels, boxes, labels, names, scores):
@@ -31,7 +17,7 @@ def write(to, name, pixels, boxes, labels, names, scores):
     Raises:
         UserError: where there is a file in the place of one of its folders, or the reverse.
     """
-    path = path_of(to, name)
+    path = Path(to, f"{name}.png")
     try:
         draw.save(path, draw.draw_boxes(pixels, boxes, labels, names, scores))
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
