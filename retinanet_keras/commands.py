@@ -1,23 +1,25 @@
 """The commands that are more than one call."""
 
-import json
+import logging
 import math
 import sys
 from pathlib import Path
 
-from retinanet_keras import trained
+from retinanet_keras import storage, strict_json, trained
 from retinanet_keras.config import Config
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.printable import printable
-from retinanet_keras.results import draw, table
-from retinanet_keras.serving import detector
+from retinanet_keras.results import table
+from retinanet_keras.serving import card, detector, pictures
 from retinanet_keras.serving import onnx as onnx_file
 from retinanet_keras.serving.export import export_model, search_function
 from retinanet_keras.training import replay as replays
-from retinanet_keras.training.checkpoints import load_run
+from retinanet_keras.training.checkpoints import load_run, load_trained
 from retinanet_keras.training.folder import RunFolder
+
+logger = logging.getLogger("retinanet_keras")
 
 
 def detect(model, images, to, min_score):
@@ -32,6 +34,7 @@ def detect(model, images, to, min_score):
     Returns:
         0, or 1 where an image could not be read; the others are done all the same.
     """
+    storage.check_folder(to, "--to")
     files, max_pixels = image_files(images), Config().data.max_pixels
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
@@ -41,7 +44,9 @@ def detect(model, images, to, min_score):
         net = trained.of_file(model, "--model")
         search, categories = detector.of_model(net, Config()), Categories.from_list(net.categories)
     else:
-        search, categories = detector.of_export(trained.saved_model(model))
+        path = trained.saved_model(model)
+        search, categories = detector.of_export(path)
+        max_pixels = card.max_pixels(path) or max_pixels
     failed = 0
     print(table.HEADER)
     for path, name in files:
@@ -49,15 +54,14 @@ def detect(model, images, to, min_score):
             pixels = sources.read_image(path, max_pixels)
         except DataError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
-            failed = 1
+            failed += 1
             continue
         boxes, scores, labels = detector.detections_of(search, pixels)
         shown = scores >= min_score
         names = [categories.names[label] for label in labels]
         print(*table.rows(name, boxes, scores, names, min_score), sep="\n")
-        drawn = draw.draw_boxes(pixels, boxes[shown], labels[shown], categories.names, scores[shown])
-        draw.save(Path(to) / f"{name}.png", drawn)
-    print(f"{len(files) - failed} pictures in {to}")
+        pictures.write(to, name, pixels, boxes[shown], labels[shown], categories.names, scores[shown])
+    print(f"{len(files) - failed} pictures in {printable(to)}")
     return int(failed > 0)
 
 
@@ -73,9 +77,17 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
         precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
         onnx: an ONNX file to write as well.
     """
-    config, model = load_run(workdir) if workdir else (Config(), trained.of_file(weights, "--weights"))
     if to:
-        metrics = _metrics(RunFolder(workdir), config.data) if workdir else None
+        storage.check_folder(to, "--to")
+    if onnx:
+        storage.check_file(onnx, "--onnx")
+    step = None
+    if workdir:
+        config, model, step = load_trained(workdir)
+    else:
+        config, model = Config(), trained.of_file(weights, "--weights")
+    if to:
+        metrics = _metrics(RunFolder(workdir), config.data, step) if workdir else None
         print(f"written to {export_model(model, config, to, precision=precision, metrics=metrics, run=bool(workdir))}")
     if onnx:
         search = search_function(model, config, precision, onnx_file.resize)
@@ -83,10 +95,21 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
     return 0
 
 
-def _metrics(folder, data):
-    """{split: metrics} of what a run's own weights have been scored on."""
-    files = {split: folder.evaluation(split) / "metrics.json" for split in (data.test_split, data.val_split) if split}
-    return {split: json.loads(file.read_text()) for split, file in files.items() if file.exists()}
+def _metrics(folder, data, step):
+    """{split: metrics} of what a run has been scored on at a step; the model card takes those of its weights."""
+    found = {}
+    for split in filter(None, (data.test_split, data.val_split)):
+        file = folder.evaluation(split) / "metrics.json"
+        try:
+            metrics = strict_json.read(file)
+        except FileNotFoundError:
+            continue
+        except (strict_json.JsonError, OSError) as error:
+            logger.warning("%s cannot be read (%s), so the model card goes without it", file, error)
+            continue
+        if isinstance(metrics, dict) and metrics.get("step") == step:
+            found[split] = metrics
+    return found
 
 
 def replay(path):

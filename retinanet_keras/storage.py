@@ -130,6 +130,33 @@ class _Made:
     path = None
 
 
+def check_folder(path, option):
+    """Check a place before the work whose results go there: a folder, or nothing yet, below folders.
+
+    Args:
+        path: the place.
+        option: str. What named it, for the message.
+
+    Raises:
+        UserError: where it, or what it should lie in, is no folder.
+    """
+    path = Path(path)
+    try:
+        there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+    except (OSError, ValueError) as error:  # a null character in it
+        raise UserError(f"{option}: {str(path)!r} is no path ({error}). Name a folder") from None
+    if there is not None and not there.is_dir():
+        raise UserError(f"{option}: {there} is not a folder. Name another, or move that file away")
+
+
+def check_file(path, option):
+    """The same for a file: a file, or nothing yet, in a folder that is there or can be made."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option}: {path} is a folder. Name a file in it")
+    check_folder(path.parent, option)
+
+
 @contextlib.contextmanager
 def locked(folder, doing, *, name=LOCK, waiting=None):
     """Hold a folder for this process alone. The end of the process, however it comes, lets go of it.
@@ -202,15 +229,25 @@ def digest(*parts):
     return whole.hexdigest()[:16]
 
 
-def _beside(path):
-    """A path for the unfinished file of this process, in the same folder; those of dead processes are removed."""
-    ending = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
-    prefix = f".{zlib.crc32(os.fsencode(path.name)):08x}-{zlib.crc32(socket.gethostname().encode()):08x}-"
+def clear_remains(path):
+    """Remove the unfinished files and folders that dead processes left beside a place they were writing to."""
+    path = Path(path)
+    prefix = _prefix(path)
     for other in path.parent.glob(f"{prefix}*"):
         number = other.name.removeprefix(prefix).split(".")[0]
         if number.isdigit() and not _alive(int(number)):
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
-    return path.with_name(f"{prefix}{os.getpid()}.partial{ending}")
+
+
+def _beside(path):
+    """A path for the unfinished file of this process, in the same folder; those of dead processes are removed."""
+    clear_remains(path)
+    ending = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+    return path.with_name(f"{_prefix(path)}{os.getpid()}.partial{ending}")
+
+
+def _prefix(path):
+    return f".{zlib.crc32(os.fsencode(path.name)):08x}-{zlib.crc32(socket.gethostname().encode()):08x}-"
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.errors import UserError
-from retinanet_keras.serving import client, conversation, detector, export
+from retinanet_keras.serving import answers, client, detector, export
 from retinanet_keras.serving.conversation import Refused, ServerError, connect
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +230,8 @@ def test_requests_and_answers_above_grpcs_default_limit(tiny_export, double, mon
 
     def many(*args):
         outputs = predict(*args)
-        return {**outputs, "boxes": np.ones((1, 400_000, 4), "float32")}  # 6.4 MB
+        rows = {name: np.repeat(value, 4000, axis=1) for name, value in outputs.items() if value.ndim > 1}
+        return {**outputs, **rows}  # boxes of 6.4 MB
 
     monkeypatch.setattr(double.servable, "predict", many)
     with connect(double.grpc, "shapes") as ask:
@@ -242,7 +243,7 @@ def test_another_model_is_told_apart(double, server, monkeypatch):
     outputs = {name: np.ones((1, 2), "float32") for name in ("boxes", "scores")}
     monkeypatch.setattr(double.servable, "predict", lambda *_: outputs)
     with connect(server, "shapes") as ask:
-        with pytest.raises(ServerError, match="no output category_ids, .*, but boxes, scores: it was not exported by"):
+        with pytest.raises(ServerError, match="by this package: no output category_ids, .*, but boxes, scores"):
             ask("serving_bytes", {"image_bytes": [b"x"]})
 
 
@@ -257,7 +258,10 @@ def test_a_rest_server_that_drops_idle_connections_is_asked_again(double, monkey
         np.testing.assert_array_equal(ask("serving_bytes", image)["scores"], first["scores"])
 
 
-@pytest.mark.parametrize("address", ["localhost:8500", "https://host:1", "grpc://host", "http://host:x", "grpc://:1"])
+@pytest.mark.parametrize("address", [
+    "localhost:8500", "https://host:1", "grpc://host", "http://host:x", "grpc://:1", "http://[", "http://[::1", "http://h:0",
+    "http://h:99999", "http://h:٣", "http://h:1/path", "http://h h:1", "http://h:1\n", "",
+])  # fmt: skip
 def test_addresses_that_are_none(address):
     with pytest.raises(UserError, match="--server: expected grpc://HOST:8500 or http://HOST:8501, got"):
         with connect(address, "shapes"):
@@ -265,7 +269,9 @@ def test_addresses_that_are_none(address):
 
 
 def test_arguments_are_checked_before_anything_is_sent(tmp_path):
-    for options, answer in (({"batch": 0}, "--batch"), ({"repeat": -1}, "--repeat"), ({"timeout": 0}, "--timeout")):
+    wrong = [({"batch": 0}, "--batch"), ({"repeat": -1}, "--repeat")]
+    wrong += [({"timeout": seconds}, "--timeout") for seconds in (0, float("inf"), float("nan"))]
+    for options, answer in wrong:
         with pytest.raises(UserError, match=answer):
             client.run([tmp_path], tmp_path, "grpc://nowhere:1", "shapes", **options)
     with pytest.raises(DataError, match="holds no image files"):
@@ -324,7 +330,7 @@ def test_status_and_metadata(double):
     assert tree["model_spec"]["version"] == "1"
     signatures = tree["metadata"]["signature_def"]["signature_def"]
     assert signatures["serving_bytes"]["inputs"]["image_bytes"]["dtype"] == "DT_STRING"
-    assert set(signatures["serving_default"]["outputs"]) == set(conversation.OUTPUTS)
+    assert set(signatures["serving_default"]["outputs"]) == set(answers.OUTPUTS)
     assert post(f"{double.rest}/v1/models/boxes:predict", {"instances": [1]}) == (
         404, {"error": "Servable not found for request: Latest(boxes)"},
     )  # fmt: skip

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 from PIL import Image
 
 from retinanet_keras import commands
-from retinanet_keras.config import DetectionConfig
+from retinanet_keras.config import DataConfig, DetectionConfig, ServingConfig
+from retinanet_keras.data import sources
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.errors import UserError
 from retinanet_keras.evaluate import evaluate
 from retinanet_keras.results.evaluation import METRICS
+from retinanet_keras.serving import card
+from retinanet_keras.training import run
 from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunError
+from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,3 +242,110 @@ def test_detect_refuses_a_folder_without_images(run_copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image files"):
         commands.detect(run_copy, [tmp_path / "empty"], tmp_path / "out", 0.3)
+
+
+# Strangers' files and places
+
+
+def big_png(path, side=20_000):
+    """A PNG of few bytes that says it has side x side pixels, and has them."""
+    row = zlib.compress(bytes(side * (3 * side + 1)), 9) if side < 1000 else zlib.compress(b"")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b""))
+
+
+def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys, monkeypatch):
+    """What is larger is told by its header and not decoded."""
+    export = shutil.copytree(tiny_export, tmp_path / "served")
+    images = tmp_path / "images"
+    images.mkdir()
+    big_png(images / "bomb.png")
+    big_png(images / "large.png", 41)
+    big_png(images / "small.png", 40)
+    Image.new("RGB", (30, 30)).save(
+        images / "frames.gif", save_all=True, append_images=[Image.new("RGB", (30, 30), "red")]
+    )
+    decoded, decode = [], sources._graph
+    monkeypatch.setattr(sources, "_graph", lambda encoded: (decoded.append(len(encoded)), decode(encoded))[1])
+    sizes = {path.name: path.stat().st_size for path in images.iterdir()}
+    assert commands.detect(export, [images], tmp_path / "out", 0.3) == 1
+    assert "bomb.png has 400,000,000 pixels" in capsys.readouterr().err
+    assert sorted(decoded) == sorted(sizes[name] for name in ("frames.gif", "large.png", "small.png"))
+
+    file = export / "1" / card.EXTRA / card.CARD
+    tree = json.loads(file.read_text())
+    assert tree["inputs"]["serving_bytes"]["max_pixels"] == ServingConfig().max_pixels
+    tree["inputs"]["serving_bytes"]["max_pixels"] = 1600
+    file.write_text(json.dumps(tree))
+    decoded.clear()
+    assert commands.detect(export, [images], tmp_path / "out", 0.3) == 1
+    said = capsys.readouterr()
+    assert "large.png has 1,681 pixels" in said.err and "frames.gif has 1,800 pixels by" in said.err
+    assert decoded == [sizes["small.png"]] and "1 pictures in" in said.out
+
+
+def test_detect_takes_file_names_of_every_kind(tiny_export, tmp_path, capsys):
+    names = [b"caf\xe9.png", b"\x1b[2J.png", b"l" * 251 + b".png"]
+    folder = os.fsencode(tmp_path / "images")
+    os.mkdir(folder)
+    for name in names:
+        big_png(Path(os.fsdecode(os.path.join(folder, name))), 30)
+    Path(os.fsdecode(os.path.join(folder, b"\x1b[3J\xff.png"))).write_text("no image")
+    assert commands.detect(tiny_export, [tmp_path / "images"], tmp_path / "out", 0.3) == 1
+    said = capsys.readouterr()
+    text = (said.out + said.err).encode("utf-8").decode()  # all of it is text
+    assert "\x1b" not in text and r"caf\xe9.png" in text and r"\x1b[3J\xff.png cannot be read" in text
+    assert len(list((tmp_path / "out").rglob("*.png"))) == len(names)
+
+
+def test_output_paths_that_cannot_be_are_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "load_trained", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="^--to: .*file is not a folder"):
+            commands.export(tmp_path / place, tmp_path)
+        with pytest.raises(UserError, match="^--to: .*file is not a folder"):
+            commands.detect(tmp_path, [tmp_path / "file"], tmp_path / place, 0.3)
+    for place, answer in (("folder", "folder is a folder"), ("file/a.onnx", "file is not a folder")):
+        with pytest.raises(UserError, match=f"^--onnx: .*{answer}"):
+            commands.export(None, tmp_path, onnx=tmp_path / place)
+
+
+def test_the_card_is_given_metrics_of_the_runs_own_step(tmp_path, caplog):
+    folder, data = RunFolder(tmp_path), DataConfig(val_split="val", test_split="test")
+    for split, content in (("val", '{"AP": 0.5, "step": 6}'), ("test", '{"AP": 0.5, "step": 4}')):
+        folder.evaluation(split).mkdir(parents=True)
+        (folder.evaluation(split) / "metrics.json").write_text(content)
+    assert commands._metrics(folder, data, 6) == {"val": {"AP": 0.5, "step": 6}}
+    for content in ("{", "[" * 100_000, '{"AP": ' + "1" * 5000 + "}"):
+        caplog.clear()
+        (folder.evaluation("val") / "metrics.json").write_text(content)
+        assert commands._metrics(folder, data, 6) == {} and "metrics.json cannot be read" in caplog.text
+    (folder.evaluation("val") / "metrics.json").write_text("[]")
+    assert commands._metrics(folder, data, 6) == {}
+
+
+def test_an_export_of_a_run_shows_the_metrics_of_its_weights(finished, run_copy, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(commands, "export_model", lambda model, config, to, **given: shown.append(
+        card.describe(model, config, given["precision"], given["metrics"])["metrics"]))  # fmt: skip
+    commands.export(tmp_path, run_copy)
+    assert shown[-1]["val"]["AP"] == finished[1]["AP"] and shown[-1]["val"]["step"] == finished[1]["step"]
+    commands.export(tmp_path, run_copy, precision="bfloat16")
+    assert shown[-1] == "not measured"
+    evaluate("c.json", workdir=run_copy, overrides=["detection.nms_iou=0.3"])  # other numbers in the same place
+    commands.export(tmp_path, run_copy)
+    assert shown[-1] == "not measured"
+
+
+def test_a_finished_run_that_is_started_again_leaves_its_export_alone(finished, run_copy):
+    """A server may be reading it."""
+    before = {path.name: path.stat().st_ino for path in (run_copy / "export").rglob("*")}
+    assert before
+    run.train(load_config_of(RunFolder(run_copy)), run_copy)
+    assert {path.name: path.stat().st_ino for path in (run_copy / "export").rglob("*")} == before

@@ -18,6 +18,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from retinanet_keras import RetinaNet
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.data import pipeline
+from retinanet_keras.identity import identity
 from retinanet_keras.serving import detector, export, inference
 from retinanet_keras.serving.card import describe
 
@@ -307,9 +308,10 @@ def test_the_warm_up_requests_run(saved):
 
 def test_the_model_card(model, tmp_path):
     config = config_from_dict({"data": {"short_side": 96, "max_side": 128}, "serving": {"license": "CC <BY> 4.0"}})
-    saved = export.export_model(model, config, tmp_path, metrics={"val": {"AP": 0.25}})
+    measured = {"AP": 0.25, "step": 7, **identity(model, config, "val")}
+    saved = export.export_model(model, config, tmp_path, metrics={"val": measured})
     card = json.loads((saved / "assets.extra/model_card.json").read_text())
-    assert card["config"] == config.to_dict() and card["metrics"] == {"val": {"AP": 0.25}}
+    assert card["config"] == config.to_dict() and card["metrics"] == {"val": {"AP": 0.25, "step": 7}}
     assert card["license"]["weights"] == "CC <BY> 4.0" and card["model"]["parameters"] == model.count_params()
     signature = tf.saved_model.load(str(saved)).signatures["serving_default"]
     assert set(card["outputs"]) == set(signature.structured_outputs)
@@ -326,3 +328,25 @@ def test_the_card_claims_nothing_that_is_not_known(model, saved):
     card = describe(model, CONFIG, run=False)
     assert card["metrics"] == "not measured" and "not known" in card["config"]
     assert "not stated" in card["license"]["weights"]
+
+
+def test_the_card_shows_metrics_of_these_weights_and_settings_alone(model):
+    metrics = {"AP": 0.25, "curves": {}, "step": 7, **identity(model, CONFIG, "val")}
+    others = [
+        {**metrics, "weights": "0" * 16},
+        {**metrics, "settings": {**metrics["settings"], "detection.nms_iou": 0.6}},
+        {**metrics, "settings": {**metrics["settings"], "data.short_side": 800}},
+        {"AP": 0.25},
+    ]
+    for other in others:
+        assert describe(model, CONFIG, metrics={"val": other})["metrics"] == "not measured"
+    shown = describe(model, CONFIG, metrics={"val": metrics, "test": others[0]})["metrics"]
+    assert shown == {"val": {"AP": 0.25, "step": 7}}
+    assert describe(model, CONFIG, metrics={"test": metrics})["metrics"] == "not measured"
+    assert describe(model, CONFIG, "bfloat16", {"val": metrics})["metrics"] == "not measured"
+
+
+def test_half_a_character_in_a_name_is_a_question_mark_in_the_graph(small_model):
+    model = small_model(2, prior=0.3, categories=[{"label": i, "id": i, "name": f"{i}\ud800"} for i in range(2)])
+    found = export.signatures(model, CONFIG)[0](tf.constant(picture(SIZES[3])[None]))
+    assert found["num_detections"].numpy() > 0 and set(found["names"].numpy()[0]) <= {b"0?", b"1?", b""}

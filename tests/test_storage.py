@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retinanet_keras import storage
+from retinanet_keras.errors import UserError
 
 pytestmark = pytest.mark.check
 
@@ -181,3 +182,19 @@ def test_the_number_of_this_process_may_have_been_anothers(tmp_path):
     assert str(os.getpid()) in name
     storage.write(tmp_path / "a", "new")
     assert files(tmp_path) == ["a"]
+
+
+def test_places_are_checked_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in ("folder", "new", "folder/new/below", "."):
+        storage.check_folder(tmp_path / place, "--to")
+    for place in ("file", "file/below", "link", "link/below/it"):
+        with pytest.raises(UserError, match=r"^--to: .*/(file|link) is not a folder\. Name another"):
+            storage.check_folder(tmp_path / place, "--to")
+    for place in ("file", "new", "folder/new"):
+        storage.check_file(tmp_path / place, "--onnx")
+    for place, answer in (("folder", "folder is a folder. Name a file in it"), ("file/a", "file is not a folder")):
+        with pytest.raises(UserError, match=f"^--onnx: .*{answer}"):
+            storage.check_file(tmp_path / place, "--onnx")

@@ -59,7 +59,7 @@ TABLE = (
     ("serving.warmup", "serving.card", "serving.inference", "serving.onnx"),
     ("serving.export",),
     ("serving.detector",),
-    ("serving.messages",),
+    ("serving.messages", "serving.answers", "serving.pictures"),
     ("serving.conversation",),
     ("serving.client",),
     ("training.log_file",),
@@ -88,7 +88,15 @@ TABLE = (
 )
 ROW = {name: number for number, names in enumerate(TABLE) for name in names}
 MATHS = ("boxes", "nms", "losses", "mining", "anchors", "targets", "detections", "objective")
-CLIENT = ("results.draw", "results.table", "serving.messages", "serving.conversation", "serving.client")
+CLIENT = (
+    "results.draw",
+    "results.table",
+    "serving.messages",
+    "serving.answers",
+    "serving.pictures",
+    "serving.conversation",
+    "serving.client",
+)
 
 
 def name_of(path):

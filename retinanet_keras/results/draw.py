@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from retinanet_keras import storage
 from retinanet_keras.printable import printable
 
 # Okabe and Ito's colours, which people with any form of colour blindness can tell apart; black is left out, for
@@ -183,16 +184,18 @@ def grid(images, columns=None, cell=None):
 
 
 def save(path, image):
-    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, making its folder.
+    """Write a uint8 [H, W, 3] as PNG or JPEG, by the path's suffix, in one step, making its folder.
 
     A name that is longer than file systems take, as an image's with a further suffix may be, is shortened.
     """
-    path = Path(path)
-    options = {".png": {}, ".jpg": {"quality": 92}, ".jpeg": {"quality": 92}}.get(path.suffix.lower())
+    path, jpeg = Path(path), {"format": "JPEG", "quality": 92}
+    options = {".png": {"format": "PNG"}, ".jpg": jpeg, ".jpeg": jpeg}.get(path.suffix.lower())
     if options is None:
         raise ValueError(f"Expected a path that ends in .png, .jpg or .jpeg, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_checked(image)).save(_short(path), **options)
+    image = Image.fromarray(_checked(image))
+    with storage.replacing(_short(path)) as partial:
+        image.save(partial, **options)
 
 
 def _short(path):

@@ -9,7 +9,7 @@ def rows(image, boxes, scores, names, min_score):
     """The lines of one image under HEADER, one for each detection of `min_score` or more.
 
     Args:
-        image: its name; the end of a long one is shown.
+        image: its name; the end of a long one is shown, and of what is no text or a terminal's command, an escape.
         boxes: [n, 4], x1, y1, x2, y2.
         scores: [n].
         names: n class names.

@@ -6,37 +6,67 @@ import json
 from importlib import metadata
 from pathlib import Path
 
+from retinanet_keras import storage, strict_json
+from retinanet_keras.identity import identity
+from retinanet_keras.printable import printable
+
 EXTRA = Path("assets.extra")  # a folder that TensorFlow leaves alone
 CARD, PAGE, SUMS = "model_card.json", "model_card.html", "SHA256SUMS"
 VERIFY = f"sha256sum --check {EXTRA / SUMS}"
 PARTS = ("retinanet_keras", "keras", "tensorflow")
 
 
-def write(folder, model, config, *, precision=None, metrics=None, run=True):
+def write(folder, card):
     """Write model_card.json, model_card.html and SHA256SUMS into an export's `assets.extra`, after all else.
 
     Args:
         folder: of the SavedModel.
-        model: the RetinaNet in it.
-        config: the Config it was exported with.
-        precision: of its convolutions; None: the model's own.
-        metrics: {split: metrics} of its weights; None: not measured.
-        run: whether `config` is also that of its training.
+        card: of `describe`.
     """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    sums = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    card = describe(model, config, precision, metrics, run)
-    card["checksums"] = {"algorithm": "SHA-256", "verify": f"{VERIFY}, in the version's folder", "files": sums}
-    extra = folder / EXTRA
-    (extra / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (extra / PAGE).write_text(_page(card), encoding="utf-8")
-    (extra / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
+    sums = {str(p.relative_to(folder)): _sum(p) for p in files}
+    checksums = {"algorithm": "SHA-256", "verify": f"{VERIFY}, in the version's folder", "files": sums}
+    card, extra = {**card, "checksums": checksums}, folder / EXTRA
+    storage.write(extra / CARD, json.dumps(card, indent=1) + "\n")
+    storage.write(extra / PAGE, _page(card))
+    storage.write(extra / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def is_of(folder, card):
+    """Whether an export is there, whole, and of this card."""
+    folder = Path(folder)
+    try:
+        found = strict_json.read(folder / EXTRA / CARD)
+        sums = found.pop("checksums")["files"]
+        whole = all((folder / EXTRA / name).is_file() for name in (PAGE, SUMS))
+        return whole and found == json.loads(json.dumps(card)) and all(_sum(folder / p) == sums[p] for p in sums)
+    except (OSError, strict_json.JsonError, KeyError, TypeError, AttributeError):  # none, or not written here
+        return False
+
+
+def max_pixels(folder):
+    """The most pixels of an image that an export takes; None where its card does not say."""
+    try:
+        found = strict_json.read(Path(folder) / EXTRA / CARD)["inputs"]["serving_bytes"]["max_pixels"]
+    except (OSError, strict_json.JsonError, KeyError, TypeError):
+        return None
+    return found if type(found) is int else None
 
 
 def describe(model, config, precision=None, metrics=None, run=True):
-    """The card as JSON-able dicts and lists, without the checksums. Arguments as for `write`."""
-    settings = model.get_config()
+    """The card as JSON-able dicts and lists, without the checksums.
+
+    Args:
+        model: the RetinaNet in the export.
+        config: the Config it is exported with.
+        precision: of its convolutions; None: the model's own.
+        metrics: {split: metrics, with the "weights" and "settings" of `identity`}. Those of other weights or settings
+            than the export's are left out; None: not measured.
+        run: whether `config` is also that of its training.
+    """
+    settings, known = model.get_config(), identity(model, config)
+    known["settings"]["precision"] = precision or model.compute_dtype
     names = (
         "num_classes", "fpn_channels", "head_depth", "norm", "width", "p6_source", "head_norm", "pixel_mean",
         "pixel_std", "anchors", "detection",
@@ -47,7 +77,8 @@ def describe(model, config, precision=None, metrics=None, run=True):
         "model": {
             "backbone": model.backbone.name,
             "parameters": model.count_params(),
-            "precision": precision or model.compute_dtype,
+            "precision": known["settings"]["precision"],
+            "weights": known["weights"],
             **{name: settings[name] for name in names},
         },  # fmt: skip
         "inputs": {
@@ -58,7 +89,8 @@ def describe(model, config, precision=None, metrics=None, run=True):
             "serving_bytes": {
                 "image_bytes": "string [B], JPEG, PNG, GIF (its first frame), BMP or still WebP, each of any size up "
                 f"to {config.serving.max_pixels:,} pixels; EXIF rotation and transparency are ignored. What cannot be "
-                "decoded or is larger fails its whole batch with INVALID_ARGUMENT"
+                "decoded or is larger fails its whole batch with INVALID_ARGUMENT",
+                "max_pixels": config.serving.max_pixels,
             },
             "resize": f"inside: shorter side {config.data.short_side} pixels, longer at most {config.data.max_side}",
         },
@@ -70,21 +102,37 @@ def describe(model, config, precision=None, metrics=None, run=True):
             "names": "string [B, D]",
             "num_detections": "int32 [B]; rows past it are empty",
         },  # fmt: skip
-        "metrics": _numbers(metrics) if metrics else "not measured",
+        "metrics": _measured(metrics or {}, known) or "not measured",
         "categories": model.categories,
         "license": {
             "graph": "made by retinanet_keras, Apache-2.0",
             "weights": config.serving.license or "not stated (serving.license in the configuration)",
         },
-        "made_with": {name: metadata.version(name) for name in PARTS},
+        "made_with": {name: _version(name) for name in PARTS},
         "config": config.to_dict() if run else "not known: exported from a file of weights",
     }
 
 
-def _numbers(metrics):
-    """{split: {name: number}}, without what is by class, curves and the like."""
+def _measured(metrics, known):
+    """{split: {name: number}} of these weights and settings, without what is by class, curves and the like."""
     plain = (int, float, type(None))
-    return {split: {name: v for name, v in found.items() if isinstance(v, plain)} for split, found in metrics.items()}
+    return {
+        split: {name: value for name, value in found.items() if isinstance(value, plain)}
+        for split, found in metrics.items()
+        if found.get("weights") == known["weights"] and found.get("settings") == {**known["settings"], "split": split}
+    }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # its folder is on the path, but nothing installed it
+        return "not installed"
+
+
+def _sum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _page(card):
@@ -111,4 +159,4 @@ def _show(value):
         return f"<table><tr>{head}</tr>{rows}</table>"
     if isinstance(value, (list, tuple)):
         return ", ".join(_show(item) for item in value)
-    return html.escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+    return html.escape(f"{value:.4g}" if isinstance(value, float) else printable(value))

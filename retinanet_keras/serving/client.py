@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from retinanet_keras import storage
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.errors import UserError
-from retinanet_keras.results import draw, table
-from retinanet_keras.serving.conversation import Refused, connect
+from retinanet_keras.printable import printable
+from retinanet_keras.results import table
+from retinanet_keras.serving import pictures
+from retinanet_keras.serving.conversation import Refused, ServerError, connect
 
 # The signature and its input, by what is sent.
 SIGNATURES = {"bytes": ("serving_bytes", "image_bytes"), "images": ("serving_default", "images")}
 RESULTS_FILE = "detections.json"
+LONGEST = 1_000_000  # seconds to wait; the system's clocks end somewhere above
+MOST_DRAWN, MOST_CLASSES = 1000, 100_000  # boxes in a picture, the best ones; labels above are shown as numbers
 
 
 def run(images, to, server, model, *, version=None, signature="bytes", batch=1, repeat=0, timeout=60.0, min_score=0.3):
@@ -39,26 +44,64 @@ def run(images, to, server, model, *, version=None, signature="bytes", batch=1, 
     for name, value, least in (("batch", batch, 1), ("repeat", repeat, 0)):
         if value < least:
             raise UserError(f"--{name}: expected {least} or more, got {value}")
-    if not timeout > 0:
-        raise UserError(f"--timeout: expected more than 0 seconds, got {timeout:g}")
-    files, records, accepted = image_files(images), [], []
+    if not 0 < timeout <= LONGEST:
+        raise UserError(f"--timeout: expected more than 0 and at most {LONGEST:,} seconds, got {timeout:g}")
+    storage.check_folder(to, "--to")
+    storage.check_file(Path(to, RESULTS_FILE), "--to")
+    files, accepted = image_files(images), []
+    Path(to).mkdir(parents=True, exist_ok=True)
+    results = _Results(Path(to, RESULTS_FILE), server, model, SIGNATURES[signature][0])
     print(table.HEADER)
-    with connect(server, model, version=version, timeout=timeout) as ask:
-        for group in _batches(files, signature, batch, records):
-            for part, found in _answers(ask, signature, group, records):
+    with connect(server, model, version=version, timeout=timeout) as ask, results:
+        for group in _batches(files, signature, batch, results):
+            for part, found in _answers(ask, signature, group, results):
                 accepted.append([item for _, _, item in part])
                 for i, (path, name, _) in enumerate(part):
-                    records.append(_record(name, {key: value[i] for key, value in found.items()}))
-                    _show(path, name, records[-1]["detections"], to, min_score)
-        failed = sum("error" in record for record in records)
-        Path(to).mkdir(parents=True, exist_ok=True)
-        tree = {"server": server, "model": model, "signature": SIGNATURES[signature][0], "images": records}
-        Path(to, RESULTS_FILE).write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{len(files) - failed} of {len(files)} images: pictures and {RESULTS_FILE} in {to}")
+                    record = _record(name, {key: value[i] for key, value in found.items()})
+                    results.add(record)
+                    _show(path, name, record["detections"], to, min_score)
+        failed = sum("error" in record for record in results.records)
+        print(f"{len(files) - failed} of {len(files)} images: pictures and {RESULTS_FILE} in {printable(to)}")
         if repeat and accepted:
             seconds = [_timed(ask, signature, items) for _ in range(repeat) for items in accepted]
             print(latency(seconds, repeat * sum(map(len, accepted))))
     return int(failed > 0)
+
+
+class _Results:
+    """The file of all answers so far, whole and valid JSON at any time, as a context at whose end it is complete.
+
+    It is written after an answer, unless that would take more than a tenth of the time: then it is behind by some
+    answers until the end, which an error and an interruption come to, too.
+    """
+
+    def __init__(self, path, server, model, signature):
+        self.path, self.records = path, []
+        self.head = {"server": server, "model": model, "signature": signature}
+        self._next, self._behind = 0.0, False
+
+    def add(self, record):
+        self.records.append(record)
+        self._behind = True
+        if time.monotonic() >= self._next:
+            self._write()
+
+    def _write(self):
+        began = time.monotonic()
+        tree = {**self.head, "images": self.records}
+        storage.write(self.path, json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        ended = time.monotonic()
+        self._next, self._behind = ended + 9 * (ended - began), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if self._behind:
+            self._write()
+        if kind is ServerError and self.records:
+            answered = sum("error" not in record for record in self.records)
+            raise ServerError(f"{error}. The answers until then, to {answered} images, are in {self.path}") from None
 
 
 def latency(seconds, images):
@@ -70,14 +113,14 @@ def latency(seconds, images):
     )
 
 
-def _batches(files, signature, batch, records):
-    """Lists of (path, name, what is sent); files that cannot be read are told of, and go to the records."""
+def _batches(files, signature, batch, results):
+    """Lists of (path, name, what is sent); files that cannot be read are told of, and go to the results."""
     group = []
     for path, name in files:
         try:
             item = path.read_bytes() if signature == "bytes" else _pixels(path)
         except (OSError, DataError) as error:
-            _failed(name, str(error), records)
+            _failed(name, str(error), results)
             continue
         other_size = signature == "images" and group and group[0][2].shape != item.shape
         if group and (other_size or len(group) == batch):
@@ -88,17 +131,17 @@ def _batches(files, signature, batch, records):
         yield group
 
 
-def _answers(ask, signature, group, records):
+def _answers(ask, signature, group, results):
     """(part of the group, its outputs). One bad image fails its whole batch, so then each is sent alone."""
     try:
         yield group, ask(*_request(signature, [item for _, _, item in group]))
         return
     except Refused as refusal:
         if len(group) == 1:
-            _failed(group[0][1], f"the server refuses it: {refusal}", records)
+            _failed(group[0][1], f"the server refuses it: {refusal}", results)
             return
     for one in group:
-        yield from _answers(ask, signature, [one], records)
+        yield from _answers(ask, signature, [one], results)
 
 
 def _request(signature, items):
@@ -132,9 +175,9 @@ def _record(name, found):
     return {"image": name, "detections": [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]}
 
 
-def _failed(name, problem, records):
-    print(f"error: {name}: {problem}", file=sys.stderr)
-    records.append({"image": name, "error": problem})
+def _failed(name, problem, results):
+    print(f"error: {printable(name)}: {printable(problem)}", file=sys.stderr)
+    results.add({"image": name, "error": problem})
 
 
 def _show(path, name, detections, to, min_score):
@@ -144,11 +187,10 @@ def _show(path, name, detections, to, min_score):
     try:
         pixels = _pixels(path)
     except DataError as error:
-        print(f"warning: no picture: {error}", file=sys.stderr)  # the server reads more than Pillow here
+        print(f"warning: no picture: {printable(error)}", file=sys.stderr)  # the server reads more than Pillow here
         return
     shown = [i for i, score in enumerate(scores) if score >= min_score]
-    by_label = dict(zip(labels, names, strict=True))
-    classes = [by_label.get(label, "") for label in range(max(labels, default=-1) + 1)]
-    picked = ([values[i] for i in shown] for values in (boxes, labels, scores))
-    boxes, labels, scores = picked
-    draw.save(Path(to) / f"{name}.png", draw.draw_boxes(pixels, boxes, labels, classes, scores))
+    shown, by_label = shown[:MOST_DRAWN], dict(zip(labels, names, strict=True))
+    classes = [by_label.get(label, "") for label in range(min(max(labels, default=-1) + 1, MOST_CLASSES))]
+    boxes, labels, scores = ([values[i] for i in shown] for values in (boxes, labels, scores))
+    pictures.write(to, name, pixels, boxes, labels, classes, scores)

@@ -7,11 +7,13 @@ import base64
 import contextlib
 import http.client
 import json
-from urllib.parse import quote, urlsplit
+import re
+from urllib.parse import quote
 
-import numpy as np
-
+from retinanet_keras import strict_json
 from retinanet_keras.errors import UserError
+from retinanet_keras.printable import printable
+from retinanet_keras.serving import answers
 
 METHOD = "/tensorflow.serving.PredictionService/Predict"
 # The gRPC code behind an HTTP status, where TF Serving's REST interface has one for it.
@@ -19,10 +21,7 @@ CODES = {
     400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 408: "DEADLINE_EXCEEDED", 413: "RESOURCE_EXHAUSTED",
     429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
-OUTPUTS = {
-    "boxes": "float32", "scores": "float32", "labels": "int32", "category_ids": "int64", "names": "str",
-    "num_detections": "int32",
-}  # fmt: skip
+SHOWN = 300  # characters of a server's words
 
 
 class ServerError(UserError):
@@ -50,21 +49,49 @@ def connect(server, model, *, version=None, timeout=60.0):
     Raises:
         UserError: where `server` is no address. The function raises Refused and ServerError.
     """
-    address = urlsplit(server)
-    try:
-        port = address.port
-    except ValueError:
-        port = None
-    if address.scheme not in ("grpc", "http") or not address.hostname or not port or address.path.strip("/"):
-        raise UserError(f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {server}")
+    protocol, target = _address(server)
+    _check_name(model, version)
 
     def error(code, detail):
         detail = " ".join(detail.split("[[{{")[0].split())  # without the names of graph nodes that TensorFlow adds
+        detail = printable(detail[:SHOWN]) + ("..." if len(detail) > SHOWN else "")
         return _error(code, detail, server, model, version, timeout)
 
-    protocol = _grpc if address.scheme == "grpc" else _rest
-    with protocol(f"{address.netloc}", model, version, timeout, error) as ask:
-        yield lambda signature, inputs: _checked(ask(signature, inputs), server)
+    with protocol(target, model, version, timeout, error) as ask:
+
+        def checked(signature, inputs):
+            (sent,) = inputs.values()
+            size = None if isinstance(sent, list) else sent.shape[1:3]
+            outputs = ask(signature, inputs)
+            try:
+                return answers.checked(outputs, len(sent), size)
+            except answers.BadAnswer as problem:
+                raise ServerError(
+                    f"The answer of {server} is not one of a RetinaNet exported by this package: {problem}. Is it the "
+                    "right model, and is it served alone at this port?"
+                ) from None
+
+        yield checked
+
+
+def _address(server):
+    """(_grpc or _rest, "host:port"). A message never shows what may be a password or a key."""
+    match = re.fullmatch(r"(grpc|http)://((?:[\w.-]+|\[[\w:.%]+\]):([0-9]{1,5}))/?", server, re.IGNORECASE)
+    if not match or not 0 < int(match[3]) < 2**16:
+        shown = re.sub(r"[?#].*", "?...", re.sub(r"(://|^)[^/]*@", r"\1...@", server), flags=re.DOTALL)
+        raise UserError(
+            f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {shown}. Passwords and paths cannot be sent"
+        )
+    return (_grpc if match[1].lower() == "grpc" else _rest), match[2]
+
+
+def _check_name(model, version):
+    try:
+        model.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--model: expected a name in UTF-8, got {model!r}. Name it as the server does") from None
+    if version is not None and not 0 <= version < 2**63:
+        raise UserError(f"--version: expected 0 to {2**63 - 1}, got another number. Leave it out for the newest")
 
 
 @contextlib.contextmanager
@@ -74,8 +101,8 @@ def _grpc(target, model, version, timeout, error):
     from retinanet_keras.serving import messages
 
     # gRPC's limit is 4 MB unless told otherwise; TF Serving lifts its own.
-    unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-    with grpc.insecure_channel(target, options=unlimited) as channel:
+    limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", answers.MOST_BYTES)]
+    with grpc.insecure_channel(target, options=limits) as channel:
         predict = channel.unary_unary(
             METHOD, messages.PredictRequest.SerializeToString, messages.PredictResponse.FromString
         )
@@ -86,7 +113,7 @@ def _grpc(target, model, version, timeout, error):
             except grpc.RpcError as failure:
                 raise error(failure.code().name, failure.details() or "") from None
             try:
-                return {named.key: messages.to_array(named.value) for named in response.outputs}
+                return {o.key: messages.to_array(o.value, answers.MOST_VALUES) for o in response.outputs}
             except ValueError as problem:
                 raise error("OUTPUTS", str(problem)) from None
 
@@ -101,7 +128,11 @@ def _rest(target, model, version, timeout, error):
     def post(body):
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        return response.status, response.read()
+        answer = response.read(answers.MOST_BYTES + 1)
+        if len(answer) > answers.MOST_BYTES:
+            connection.close()  # the rest is not the next request's answer
+            raise error("OUTPUTS", f"it has more than {answers.MOST_BYTES >> 20} MB. Lower --batch")
+        return response.status, answer
 
     def ask(signature, inputs):
         body = json.dumps({"signature_name": signature, "inputs": {k: _to_json(v) for k, v in inputs.items()}})
@@ -117,15 +148,15 @@ def _rest(target, model, version, timeout, error):
         except TimeoutError:
             connection.close()  # the answer may still come, and is not the next request's
             raise error("DEADLINE_EXCEEDED", "") from None
-        except (OSError, http.client.HTTPException) as failure:
+        except (OSError, http.client.HTTPException, UnicodeError) as failure:  # of a host's name
             connection.close()
             raise error("UNAVAILABLE", str(failure) or type(failure).__name__) from None
         try:
-            tree = json.loads(answer)
+            tree = strict_json.parse(answer, strict=False)
             if status == 200:
-                return {name: np.array(value) for name, value in tree["outputs"].items()}
+                return tree["outputs"]
             detail = tree["error"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (strict_json.JsonError, KeyError, TypeError):
             detail = f"HTTP status {status}, {answer[:80]!r}"
             if status == 200:
                 raise error("OUTPUTS", detail) from None
@@ -140,19 +171,6 @@ def _to_json(value):
     if isinstance(value, list):
         return [{"b64": base64.b64encode(item).decode()} for item in value]
     return value.tolist()
-
-
-def _checked(outputs, server):
-    """The outputs of a RetinaNet exported here, in their types."""
-    if missing := sorted(set(OUTPUTS) - set(outputs)):
-        raise ServerError(
-            f"The model at {server} has no output {', '.join(missing)}, but {', '.join(sorted(outputs))}: it was not "
-            "exported by this package"
-        )
-    found = {name: outputs[name].astype(kind) for name, kind in OUTPUTS.items() if name != "names"}
-    names = outputs["names"]
-    decoded = [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names.ravel()]
-    return {**found, "names": np.array(decoded, object).reshape(names.shape)}
 
 
 def _error(code, detail, server, model, version, timeout):

@@ -1,10 +1,9 @@
 """Detection in image files, by an export or by a model in memory: the same graph either way."""
 
-import json
-
 import numpy as np
 import tensorflow as tf
 
+from retinanet_keras import strict_json
 from retinanet_keras.data.coco import Categories, DataError
 from retinanet_keras.serving.export import CATEGORIES_FILE, signatures
 
@@ -31,8 +30,8 @@ def of_export(path):
     try:
         loaded = tf.saved_model.load(str(path))
         signature = loaded.signatures["serving_default"]
-        categories = Categories.from_list(json.loads((path / CATEGORIES_FILE).read_text()))
-    except (OSError, KeyError, ValueError, tf.errors.OpError) as error:
+        categories = Categories.from_list(strict_json.read(path / CATEGORIES_FILE))
+    except (OSError, KeyError, TypeError, ValueError, tf.errors.OpError) as error:
         first = str(error).split("\n")[0]
         raise DataError(f"{path} is no SavedModel of a RetinaNet exported here ({first}). Export one with "
                         "`python -m retinanet_keras export --workdir RUN --to DIR`") from None  # fmt: skip

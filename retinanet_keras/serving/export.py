@@ -1,21 +1,23 @@
 """A model as a SavedModel that takes images as they are: resize, anchors, decoding and NMS are in the graph."""
 
+import contextlib
 import json
 import logging
-import os
-import shutil
+import re
+import types
 from pathlib import Path
 
 import keras
 import tensorflow as tf
 
-from retinanet_keras import detections
+from retinanet_keras import detections, storage
 from retinanet_keras.data import augmentation, headers, pipeline, sources
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.serving import card, inference, warmup
 
 logger = logging.getLogger("retinanet_keras")
 CATEGORIES_FILE = card.EXTRA / "categories.json"
+LARGEST = 2**63 - 1  # of a version in TF Serving
 
 
 def export_model(model, config, folder, version=None, *, precision=None, metrics=None, run=True):
@@ -27,9 +29,10 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
         model: a RetinaNet with `categories`.
         config: a Config, for the size images are resized to, and `serving`.
         folder: the base path for TF Serving.
-        version: its subfolder, replaced where it exists; None: the next free number.
+        version: its subfolder. What is there is replaced in one step, unless it is whole and what would be written;
+            None: the next number, and nothing is ever replaced.
         precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
-        metrics: {split: metrics} of these weights, for the card; None: not measured.
+        metrics: {split: metrics}, for the card, which shows those of these weights and settings; None: not measured.
         run: whether `config` is also that of the training, which the card then shows.
 
     Returns:
@@ -42,23 +45,36 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
             "computes bfloat16 itself (avx512_bf16 or amx_bf16 in /proc/cpuinfo, or a GPU)", ratio,
         )  # fmt: skip
     folder = Path(folder)
-    if version is None:
-        version = max(versions(folder), default=0) + 1
-    target, partial = folder / str(version), folder / f".{version}.partial"
+    storage.check_folder(folder if version is None else folder / str(version), "The export's folder")
+    described = card.describe(model, config, precision, metrics, run)
+    if version is not None and card.is_of(folder / str(version), described):
+        storage.clear_remains(folder / str(version))
+        return folder / str(version)
     images, image_bytes = signatures(model, config, precision)
     archive = keras.export.ExportArchive()  # without `track`, which would store every weight twice
     archive.add_endpoint("serving_default", images)
     archive.add_endpoint("serving_bytes", image_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    archive.write_out(str(partial), verbose=False)
-    (partial / card.EXTRA).mkdir(exist_ok=True)
-    (partial / CATEGORIES_FILE).write_text(json.dumps(model.categories, indent=1) + "\n")
-    warmup.write(partial / card.EXTRA / warmup.FILE)
-    card.write(partial, model, config, precision=precision, metrics=metrics, run=run)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    return target
+    with _version(folder, version) as place:
+        partial = place.path
+        archive.write_out(str(partial), verbose=False)
+        (partial / card.EXTRA).mkdir(exist_ok=True)
+        storage.write(partial / CATEGORIES_FILE, json.dumps(model.categories, indent=1) + "\n")
+        warmup.write(partial / card.EXTRA / warmup.FILE)
+        card.write(partial, described)
+    return place.path
+
+
+@contextlib.contextmanager
+def _version(folder, version):
+    """An object whose `path` is a folder to be filled within the block, and afterwards the version's place."""
+    if version is None:
+        with storage.new_folder(lambda: folder / str(max(_numbers(folder), default=0) + 1)) as place:
+            yield place
+        return
+    with storage.replacing_folder(folder / str(version)) as partial:
+        place = types.SimpleNamespace(path=partial)
+        yield place
+    place.path = folder / str(version)
 
 
 def signatures(model, config, precision=None):
@@ -107,7 +123,7 @@ def search_function(model, config, precision=None, resize=augmentation.resize):
     """The function within `signatures`, for one graph: images [B, H, W, 3] to the dict that is described there."""
     data = config.data
     categories = Categories.from_list(model.categories)
-    ids, names = [*categories.ids, -1], [*categories.names, ""]
+    ids, names = [*categories.ids, -1], [name.encode("utf-8", "replace") for name in (*categories.names, "")]
     detect = inference.detect_function(model, precision)
 
     def search(images):
@@ -128,10 +144,15 @@ def search_function(model, config, precision=None, resize=augmentation.resize):
 
 def versions(folder):
     """The version numbers in a base path, in order."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / "saved_model.pb").exists())
+    found = (number for number, name in _numbers(folder).items() if str(number) == name)
+    return sorted(number for number in found if Path(folder, str(number), "saved_model.pb").exists())
+
+
+def _numbers(folder):
+    """{number: name} of whatever has a number as its name in a folder, as TF Serving reads them: ASCII digits."""
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    numbers = {int(name): name for name in sorted(names) if re.fullmatch("[0-9]{1,19}", name)}
+    return {number: name for number, name in numbers.items() if number < LARGEST}
 
 
 def find(path):

@@ -6,6 +6,8 @@ which protobuf allows: a reader skips fields that it does not know. Two other ty
 DataType is a number, and a map is a list of keys and values.
 """
 
+import math
+
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -87,14 +89,20 @@ def to_tensor(value):
     return tensor
 
 
-def to_array(tensor):
+def to_array(tensor, most=2**31):
     """The array of a Tensor, strings as an object array of bytes; missing values are repeats of the last one.
 
+    Args:
+        tensor: a Tensor.
+        most: int. Values that it may have.
+
     Raises:
-        ValueError: where it is of another type, or has not as many values as its shape says.
+        ValueError: where it is of another type, or has not as many values as its shape says, or more than `most`.
     """
     shape = [dim.size for dim in tensor.tensor_shape.dim]
-    size = int(np.prod(shape))
+    size = math.prod(shape)
+    if any(not 0 <= side <= most for side in shape) or size > most:  # a few bytes can name any shape
+        raise ValueError(f"a tensor of shape {shape[:10]}")
     if tensor.dtype == STRING:
         values = np.array([*tensor.string_val, None], object)[:-1]  # the None keeps NumPy from making fixed widths
     elif tensor.dtype not in NUMBERS:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from retinanet_keras import storage
 from retinanet_keras.errors import UserError
 
 OPSET = 18
@@ -44,7 +45,7 @@ def write(search, categories, path):
     entry.key, entry.value = "categories", json.dumps(categories)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.SerializeToString())
+    storage.write(path, model.SerializeToString())
     return path
 
 

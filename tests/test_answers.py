@@ -1,0 +1,415 @@
+"""Answers that are none: each ends in one sentence, takes little memory, and costs nothing that was answered before."""
+
+import contextlib
+import json
+import os
+import socketserver
+import subprocess
+import sys
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from retinanet_keras.errors import UserError
+from retinanet_keras.printable import printable
+from retinanet_keras.serving import answers, client, messages
+from retinanet_keras.serving.conversation import ServerError, connect
+
+pytestmark = pytest.mark.check
+
+ROOT = Path(__file__).parents[1]
+D = 5
+REMOVE = object()
+
+
+def good(images=2):
+    """The outputs of an answer, as JSON has them: three detections an image."""
+    rows = {"boxes": [1.5, 2, 30, 20.25], "scores": 0.5, "labels": 1, "category_ids": 2**40 + 1, "names": "größe"}
+    empty = {"boxes": [0, 0, 0, 0], "scores": 0, "labels": -1, "category_ids": -1, "names": ""}
+    found = {name: [[rows[name]] * 3 + [empty[name]] * (D - 3) for _ in range(images)] for name in rows}
+    return {**found, "num_detections": [3] * images}
+
+
+def changed(name, value, place=None):
+    """`good` with another output, or with another value at a place in one."""
+    outputs = good()
+    if value is REMOVE:
+        del outputs[name]
+    elif place is None:
+        outputs[name] = value
+    else:
+        target = json.loads(json.dumps(outputs[name]))
+        inner = target
+        for index in place[:-1]:
+            inner = inner[index]
+        inner[place[-1]] = value
+        outputs[name] = target
+    return outputs
+
+
+def bad_outputs():
+    """{what: outputs} of answers whose JSON is well formed."""
+    found = {}
+    for name in answers.OUTPUTS:
+        whole = good()[name]
+        deep = whole
+        for _ in range(100):
+            deep = [deep]
+        others = {
+            "missing": REMOVE, "null": None, "a number": 7, "a text": "x", "an object": {"a": 1}, "empty": [],
+            "one image": whole[:1], "three images": [*whole, whole[0]], "one more axis": [whole], "100 axes": deep,
+            "ragged": [whole[0], [[1, 2, 3]]],
+        }  # fmt: skip
+        found |= {f"{name} {what}": changed(name, value) for what, value in others.items()}
+        place = (1,) if name == "num_detections" else (1, 0, 2) if name == "boxes" else (1, 0)
+        items = {"null": None, "true": True, "a list": [1], "an object": {}}
+        if name == "names":
+            items |= {"a number": 1}
+        else:
+            items |= {"a text": "1", "400 digits": 10**400, "infinite": float("inf"), "NaN": float("nan")}
+            items |= {"-infinite": float("-inf"), "1e308": 1e308}
+        if name in ("labels", "num_detections"):
+            items |= {"-1": -1, "2^31": 2**31, "half": 0.5}
+        if name == "category_ids":
+            items |= {"2^63": 2**63, "half": 0.5}
+        if name == "scores":
+            items |= {"-0.1": -0.1, "1.1": 1.1}
+        if name == "num_detections":
+            items |= {"more than there are": D + 1}
+        found |= {f"{name} with {what}": changed(name, value, place) for what, value in items.items()}
+    found["boxes inverted"] = changed("boxes", [30, 2, 1.5, 20], (0, 1))
+    found["boxes of three sides"] = changed("boxes", [[[1, 2, 3]] * D] * 2)
+    found["rows past the scores"] = {**good(), "scores": [row[:4] for row in good()["scores"]]}
+    return found
+
+
+def http(body, status="200 OK", headers=""):
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
+
+
+def bad_bytes():
+    """{what: bytes} that a server of REST may send."""
+    body = json.dumps({"outputs": good()}).encode()
+    return {
+        "nothing": b"", "no HTTP": b"\x00\xff" * 50, "no status": b"HTTP/1.1 \r\n\r\n", "SSH": b"SSH-2.0-OpenSSH\r\n",
+        "a long line": b"HTTP/1.1 200 " + b"a" * 100_000, "many headers": http(body, headers="a: b\r\n" * 500),
+        "cut": http(body)[:-9], "cut text": http(body[:-9]), "chunks that are none": b"HTTP/1.1 200 OK\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "no body": http(b""), "HTML": http(b"<html>"),
+        "not UTF-8": http(b'{"outputs": "\xff"}'), "deep": http(b"[" * 200_000), "digits": http(b"1" * 5000),
+        "a list": http(b"[]"), "null": http(b"null"), "a text": http(b'"outputs"'), "no outputs": http(b"{}"),
+        "a list of outputs": http(b'{"outputs": []}'), "one output": http(b'{"outputs": [[1, 2]]}'),
+        "rows": http(b'{"predictions": []}'), "an error that is none": http(b'{"error": 5}', "500 x"),
+        "moved": http(b"", "302 Found", "Location: http://elsewhere\r\n"), "text": http(b"no", "502 Bad Gateway"),
+        "a long error": http(json.dumps({"error": "\x1b[2J" + "e" * 10**6}).encode(), "500 x"),
+        "an error of no text": http(b'{"error": [1]}', "503 x"),
+        "half a letter": http(b'{"error": "\\ud800"}', "404 x"),
+    }  # fmt: skip
+
+
+def tensors(**others):
+    """The bytes of a PredictResponse like `good`; `others`: {output: messages.Tensor}."""
+    response = messages.PredictResponse()
+    for name, kind in answers.OUTPUTS.items():
+        value = good()[name]
+        if kind == "str":
+            tensor = messages.Tensor(dtype=messages.STRING, string_val=[text.encode() for row in value for text in row])
+            for size in (2, D):
+                tensor.tensor_shape.dim.add(size=size)
+        else:
+            tensor = messages.to_tensor(np.array(value, kind))
+        response.outputs.add(key=name, value=others.get(name, tensor))
+    return response.SerializeToString()
+
+
+def tensor(*shape, **fields):
+    made = messages.Tensor(**{"dtype": 1, **fields})
+    for size in shape:
+        made.tensor_shape.dim.add(size=size)
+    return made
+
+
+def bad_messages():
+    """{what: bytes} that a server of gRPC may send."""
+    scores = {
+        "2^31 scores": tensor(2**31, float_val=[0.5]), "2^62 scores": tensor(2**31, 2**31, float_val=[0.5]),
+        "2^90 scores": tensor(2**30, 2**30, 2**30, float_val=[0.5]), "-1 scores": tensor(-1, float_val=[0.5]),
+        "2^40 times none": tensor(0, 2**40), "500 axes": tensor(*[1] * 500, float_val=[0.5]),
+        "no type": tensor(2, D, dtype=0, float_val=[0.5]), "no such type": tensor(2, D, dtype=999, float_val=[0.5]),
+        "texts": tensor(2, D, dtype=7, string_val=[b"x"]), "whole": tensor(2, D, dtype=3, int_val=[0]),
+        "of 3 bytes": tensor(2, D, tensor_content=b"abc"), "too many": tensor(2, D, float_val=[0.5] * 11),
+        "none": tensor(2, D), "not finite": tensor(2, D, float_val=[float("nan")]), "2": tensor(2, D, float_val=[2.0]),
+    }  # fmt: skip
+    found = {f"scores {what}": tensors(scores=value) for what, value in scores.items()}
+    counts = {"-1": [-1], "6": [6], "2 and -7": [2, -7]}
+    found |= {f"counts {what}": tensors(num_detections=tensor(2, dtype=3, int_val=v)) for what, v in counts.items()}
+    found["scores of counts"] = tensors(scores=tensor(2, float_val=[0.5]))
+    found["no message"] = b"\xff" * 40
+    found["nothing"] = b""
+    found["cut"] = tensors()[:-5]
+    return found
+
+
+class Rest(socketserver.StreamRequestHandler):
+    """Answers each request with the next bytes of `replies`, and closes."""
+
+    def handle(self):
+        length = 0
+        while (line := self.rfile.readline()).strip():
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.split(b":")[1])
+        self.rfile.read(length)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0])
+
+
+@pytest.fixture
+def rest():
+    """A server of REST at `address` that sends its `replies` one after the other, and the last again."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Rest) as server:
+        server.daemon_threads = True
+        server.address, server.replies = f"http://127.0.0.1:{server.server_address[1]}", []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+IMAGES = {"image_bytes": [b"first", b"second"]}
+
+
+def test_a_good_answer_is_read(rest):
+    rest.replies[:] = [http(json.dumps({"outputs": good()}).encode())]
+    with connect(rest.address, "shapes") as ask:
+        found = ask("serving_bytes", IMAGES)
+    assert {name: array.tolist() for name, array in found.items()} == good()
+    types = {name: "O" if kind == "str" else kind for name, kind in answers.OUTPUTS.items()}
+    assert {name: array.dtype for name, array in found.items()} == types
+
+
+def test_answers_that_are_none_are_told_in_a_sentence(rest):
+    """Of REST: more than 104 kinds."""
+    replies = {what: http(json.dumps({"outputs": outputs}).encode()) for what, outputs in bad_outputs().items()}
+    replies |= bad_bytes()
+    assert len(replies) > 104
+    for what, reply in replies.items():
+        rest.replies[:] = [reply]
+        with connect(rest.address, "shapes", timeout=20) as ask, pytest.raises(ServerError) as told:
+            ask("serving_bytes", IMAGES)
+            pytest.fail(f"accepted: {what}")
+        assert len(str(told.value)) < 900 and str(told.value) == printable(told.value), what
+        assert rest.address in str(told.value)
+
+
+def test_messages_that_are_none_are_told_in_a_sentence():
+    """Of gRPC: shapes of a few bytes that name gigabytes among them."""
+    replies = [tensors()]
+    handler = grpc.unary_unary_rpc_method_handler(lambda *_: replies[0])
+    server = grpc.server(ThreadPoolExecutor(2))
+    service = {"Predict": handler}
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", service)]
+    )
+    address = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with connect(address, "shapes", timeout=20) as ask:
+        found = ask("serving_bytes", IMAGES)
+        assert found["names"].tolist() == good()["names"] and found["category_ids"][0, 0] == 2**40 + 1
+        for what, reply in bad_messages().items():
+            replies[:] = [reply]
+            with pytest.raises(ServerError) as told:
+                ask("serving_bytes", IMAGES)
+                pytest.fail(f"accepted: {what}")
+            assert len(str(told.value)) < 900 and address in str(told.value), what
+    server.stop(None).wait()
+
+
+def test_an_answer_that_does_not_end_is_not_read_to_its_end(rest, monkeypatch):
+    monkeypatch.setattr(answers, "MOST_BYTES", 2**20)
+    rest.replies[:] = [http(b" " * 2**21)]
+    with connect(rest.address, "shapes") as ask, pytest.raises(ServerError, match="more than 1 MB. Lower --batch"):
+        ask("serving_bytes", IMAGES)
+
+
+def test_boxes_are_within_the_pixels_that_were_sent():
+    found = answers.checked(good(), 2, (20, 30))  # to 20.25, a rounding error
+    assert found["boxes"].shape == (2, D, 4)
+    for size in ((19, 30), (20, 28)):
+        with pytest.raises(answers.BadAnswer, match="boxes outside of the image"):
+            answers.checked(good(), 2, size)
+    assert answers.checked(changed("boxes", [-9, -9, 999, 999], (0, 4)), 2, (20, 30))  # a row that does not count
+
+
+def test_random_changes_are_read_rightly_or_told():
+    """Every value of an answer replaced by each of some others, in turn."""
+    values = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, float("nan"), 1e39, "", "1", [], [1], {}]
+    for name in answers.OUTPUTS:
+        rows = [()] if name == "num_detections" else [(j,) for j in range(D)]
+        places = [(i, *row) for i in range(2) for row in rows]
+        for place in places:
+            for value in values:
+                try:
+                    found = answers.checked(changed(name, value, place), 2)
+                except answers.BadAnswer as told:
+                    assert len(str(told)) < 300
+                    continue
+                used = np.arange(D) < found["num_detections"][:, None]
+                assert np.isfinite(found["boxes"][used]).all() and (found["labels"][used] >= 0).all()
+                assert found["scores"].shape == (2, D) and all(type(text) is str for text in found["names"].ravel())
+
+
+# The command
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five images in the order of their names."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (40, 30), (i, 50, 90)).save(folder / f"{i}.png")
+    return folder
+
+
+def answer(**others):
+    return http(json.dumps({"outputs": {**good(1), **others}}).encode())
+
+
+def read(folder):
+    return json.loads((folder / client.RESULTS_FILE).read_bytes().decode("utf-8"))["images"]
+
+
+def test_a_failure_leaves_the_answers_before_it(rest, images, tmp_path):
+    rest.replies[:] = [answer(), answer(), http(b'{"error": "overloaded"}', "503 Service Unavailable")]
+    out = tmp_path / "out"
+    with pytest.raises(ServerError, match=r"overloaded.* The answers until then, to 2 images, are in .*\.json"):
+        client.run([images], out, rest.address, "shapes")
+    assert [record["image"] for record in read(out)] == ["0.png", "1.png"]
+    assert all(len(record["detections"]) == 3 for record in read(out))
+    with pytest.raises(ServerError) as told:  # nothing was answered: what was there stays
+        client.run([images], out, rest.address, "shapes")
+    assert len(read(out)) == 2 and "until then" not in str(told.value)
+
+
+def test_the_results_are_whole_after_each_answer(rest, images, tmp_path, monkeypatch):
+    seen, show = [], client._show
+    rest.replies[:] = [answer()]
+
+    def look(path, name, *rest):
+        seen.append([record["image"] for record in read(tmp_path / "out")])
+        show(path, name, *rest)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(client, "_show", look)
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(monotonic=lambda: 0.0))  # writing takes no time
+    with pytest.raises(KeyboardInterrupt):
+        client.run([images], tmp_path / "out", rest.address, "shapes")
+    names = [f"{i}.png" for i in range(5)]
+    assert seen == [names[: n + 1] for n in range(4)] and len(read(tmp_path / "out")) == 4
+
+
+def test_writing_the_results_takes_no_more_than_a_tenth_of_the_time(tmp_path, monkeypatch):
+    now, written = [0.0], []
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+
+    def write(path, text):
+        written.append(len(json.loads(text)["images"]))
+        now[0] += 1.0  # a second each
+
+    monkeypatch.setattr(client.storage, "write", write)
+    with client._Results(tmp_path / "a", "s", "m", "b") as results:
+        for _ in range(100):
+            now[0] += 0.5
+            results.add({"image": "a", "error": "b"})
+    assert written[0] == 1 and written[-1] == 100 and len(written) <= 8
+
+
+ODD = (
+    b"caf\xe9.png", b"\xff\xfe.png", b"\x1b[2J\x1b]0;title\x07.png", b"new\nline.png", "größe 木.png".encode(),
+    b"l" * 251 + b".png", "木".encode() * 83 + b".png", b"-x.png",
+)  # fmt: skip
+
+
+def test_file_names_of_every_kind(rest, tmp_path):
+    """Not UTF-8, of 255 bytes, with commands to the terminal: in a process of its own, whose output is UTF-8."""
+    folder, out = os.fsencode(tmp_path / "images"), tmp_path / "out"
+    os.mkdir(folder)
+    Image.new("RGB", (40, 30)).save(tmp_path / "one.png")
+    for name in ODD:
+        Path(os.fsdecode(os.path.join(folder, name))).write_bytes((tmp_path / "one.png").read_bytes())
+    Path(os.fsdecode(os.path.join(folder, b"bad\x1b[2J\xff.gif"))).write_bytes(b"no image")
+    rest.replies[:] = [answer(names=[["\x1b[2J\ud800" + "m" * 100_000] * D])]
+    arguments = [os.fsdecode(folder), "--server", rest.address, "--model", "shapes", "--to", out]
+    done = subprocess.run(
+        [sys.executable, "-m", "retinanet_keras", "client", *map(str, arguments), "--signature", "images"],
+        capture_output=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr.decode()
+    said = (done.stdout + done.stderr).decode("utf-8")
+    assert "Traceback" not in said and "\x1b" not in said and "\x07" not in said and r"\x1b[2J" in said
+    assert r"caf\xe9.png" in said and "größe 木.png" in said and r"error: bad\x1b[2J\xff.gif: " in said
+    records = {os.fsencode(record["image"]): record for record in read(out)}
+    assert set(records) == {*ODD, b"bad\x1b[2J\xff.gif"} and sum("error" in record for record in records.values()) == 1
+    drawn = {os.fsencode(path.name) for path in out.rglob("*.png")}
+    assert len(drawn) == len(ODD) and all(len(name) <= 255 for name in drawn)
+
+
+def test_labels_and_detections_of_any_number_are_drawn_at_once(rest, images, tmp_path):
+    many = {name: [[row[0][0]] * 20_000] for name, row in good(1).items() if name != "num_detections"}
+    many |= {"labels": [[2**31 - 1] * 20_000], "num_detections": [20_000]}
+    rest.replies[:] = [answer(**many)]
+    assert client.run([images / "0.png"], tmp_path / "out", rest.address, "shapes", min_score=0.9) == 0
+    assert client.run([images / "0.png"], tmp_path / "out", rest.address, "shapes", min_score=0.1) == 0
+    assert len(read(tmp_path / "out")[0]["detections"]) == 20_000 and (tmp_path / "out/0.png.png").exists()
+
+
+def test_output_paths_that_cannot_be_are_told_before_anything_is_sent(images, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "out/detections.json").mkdir(parents=True)
+    for to, answer in (
+        ("file", "file is not a folder"),
+        ("file/x", "file is not a folder"),
+        ("out", "json is a folder"),
+    ):
+        with pytest.raises(UserError, match=f"^--to: .*{answer}"):
+            client.run([images], tmp_path / to, "http://127.0.0.1:1", "shapes")
+
+
+def test_a_picture_whose_place_is_taken(rest, images, tmp_path):
+    (tmp_path / "out/0.png.png").mkdir(parents=True)
+    rest.replies[:] = [answer()]
+    with pytest.raises(UserError, match=r"0\.png\.png cannot be written: .* a folder"):
+        client.run([images], tmp_path / "out", rest.address, "shapes")
+    assert len(read(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("server", [
+    "http://user:secret@127.0.0.1:1", "grpc://user:secret@127.0.0.1:1", "user:secret@127.0.0.1:1", "http://secret@h",
+    "http://127.0.0.1:1?key=secret", "http://127.0.0.1:1/#secret", "http://:secret@h:1/x", "http://h:1\n?key=\nsecret",
+])  # fmt: skip
+def test_no_secret_of_an_address_is_shown(server, images, tmp_path):
+    with pytest.raises(UserError, match="^--server: expected grpc://HOST:8500") as told:
+        client.run([images], tmp_path / "out", server, "shapes")
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("server", ["http://a..b:1", f"http://{'a' * 70}.b:1", "http://[::ff:zz]:1", "http://é:1"])
+def test_hosts_that_are_none(server):
+    with contextlib.suppress(UserError), connect(server, "shapes", timeout=5) as ask:
+        with pytest.raises(ServerError, match="No server answers at"):
+            ask("serving_bytes", IMAGES)
+
+
+def test_names_and_versions_that_no_server_has():
+    for options, answer in (
+        ({"model": "caf\udce9"}, "--model: expected a name in UTF-8"), ({"version": -1}, "--version: expected 0 to"),
+        ({"version": 10**400}, "--version: expected 0 to"),
+    ):  # fmt: skip
+        for scheme in ("grpc", "http"):
+            with pytest.raises(UserError, match=answer), connect(f"{scheme}://h:1", **{"model": "m", **options}):
+                pass
