@@ -17,7 +17,7 @@ PACKAGE = ROOT / "retinanet_keras"
 TABLE = (
     ("runtime",),
     ("errors",),
-    ("storage", "strict_json"),
+    ("storage", "strict_json", "archives"),
     ("settings",),
     ("config",),
     ("boxes",),
@@ -30,6 +30,7 @@ TABLE = (
     ("optimizers",),
     ("train_step",),
     ("model",),
+    ("released.stand_ins",),
     ("released.pickles",),
     ("released.files",),
     ("released.layouts",),
