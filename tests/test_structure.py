@@ -18,6 +18,7 @@ TABLE = (
     ("runtime",),
     ("errors",),
     ("storage", "strict_json", "archives"),
+    ("weight_files",),
     ("settings",),
     ("config",),
     ("boxes",),
