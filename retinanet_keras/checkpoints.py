@@ -108,7 +108,7 @@ def _backbone_of(path, weights):
 
 
 def convert(path, out):
-    """Write a released file in Keras's format.
+    """Write a released file in Keras's format, in one step: what was there before stays until the new file is whole.
 
     Args:
         path: as for `load` and `load_backbone`.
@@ -123,7 +123,7 @@ def convert(path, out):
     if not str(out).endswith(suffix):
         what = "a backbone" if alone else "a RetinaNet"
         raise UserError(f"{out}: {path} holds {what}, which is written to a file that ends in {suffix}")
-    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    _check_place(Path(out))
     if alone:
         model, mean = _backbone_of(path, weights)
         pretrained.save(model, out, mean)
@@ -131,6 +131,16 @@ def convert(path, out):
     model = _retinanet_of(path, weights, None)
     model.save(out)
     return f"a RetinaNet of {model.num_classes} classes on {model.backbone.name}, written to {out}"
+
+
+def _check_place(out):
+    """Make the folder of a file that will be written."""
+    if out.is_dir():
+        raise UserError(f"{out} is a folder. Name the file to write in it")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{out} cannot be written: a file is in the way of its folder. Choose another place") from None
 
 
 def _is_backbone(weights):

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import detections, fit_arguments, losses, objective, pretrained
+from retinanet_keras import detections, fit_arguments, losses, objective, pretrained, weight_files
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig
 from retinanet_keras.pyramid import FeaturePyramid, LastLayer
@@ -355,6 +355,29 @@ class RetinaNet(keras.Model):
         return anchor_boxes(height, width, self.anchors), level_sizes(height, width, self.anchors)
 
     # Saving
+
+    @functools.wraps(keras.Model.save)
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        if overwrite or weight_files.may_replace(filepath):
+            with weight_files.replacing(filepath) as path:
+                super().save(path, zipped=zipped, **kwargs)
+
+    @functools.wraps(keras.Model.save_weights)
+    def save_weights(self, filepath, overwrite=True, max_shard_size=None):
+        if max_shard_size is not None:  # several files
+            super().save_weights(filepath, overwrite, max_shard_size)
+        elif overwrite or weight_files.may_replace(filepath):
+            with weight_files.replacing(filepath) as path:
+                super().save_weights(path)
+
+    @functools.wraps(keras.Model.load_weights)
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        weight_files.check(filepath)
+        super().load_weights(filepath, skip_mismatch, **kwargs)
+
+    def load_own_variables(self, store):
+        weight_files.check_store(store)
+        super().load_own_variables(store)
 
     def get_config(self):
         """Everything but the weights; a reloaded model does not fetch pre-trained ones again."""

@@ -5,6 +5,7 @@ import keras
 import numpy as np
 
 from retinanet_keras import backbone as backbones
+from retinanet_keras import weight_files
 from retinanet_keras.backbone import MEAN, STD
 from retinanet_keras.errors import UserError
 
@@ -29,25 +30,42 @@ def load(backbone, weights, std=STD):
         load_imagenet(backbone, std=std)
         return MEAN
     try:
+        weight_files.check(weights)
         backbone.load_weights(weights)
         return pixel_mean(weights)
+    except UserError as error:
+        raise UserError(f"weights: {error}") from None
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"weights: {weights} cannot be loaded into a {backbone.name} ({first})") from None
 
 
 def pixel_mean(path):
-    """The pixel mean, RGB, that a file of `save` holds, or None."""
+    """The pixel mean, RGB, that a file of `save` holds, or None.
+
+    Raises:
+        UserError: where it is no three numbers.
+        OSError: where this is no HDF5 file.
+    """
     with h5py.File(path) as file:
-        mean = file.attrs.get(PIXEL_MEAN)
-    return None if mean is None else tuple(float(value) for value in mean)
+        try:
+            mean = file.attrs.get(PIXEL_MEAN)
+            if mean is None:
+                return None
+            red, green, blue = (float(value) for value in mean)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged: its attribute {PIXEL_MEAN} is not a color. Convert or download it again"
+            ) from error
+    return red, green, blue
 
 
 def save(backbone, path, pixel_mean):
-    """Write weights and the pixel mean they expect to a file for `load`."""
-    backbone.save_weights(path)
-    with h5py.File(path, "a") as file:
-        file.attrs[PIXEL_MEAN] = pixel_mean
+    """Write weights and the pixel mean they expect to a file for `load`, both in one step."""
+    with weight_files.replacing(path) as partial:
+        backbone.save_weights(partial)
+        with h5py.File(partial, "a") as file:
+            file.attrs[PIXEL_MEAN] = pixel_mean
 
 
 def load_imagenet(backbone, source=None, std=STD):

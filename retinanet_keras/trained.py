@@ -4,8 +4,10 @@ from pathlib import Path
 
 import keras
 
+from retinanet_keras import weight_files
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import DataError
+from retinanet_keras.errors import UserError
 from retinanet_keras.model import RetinaNet
 from retinanet_keras.serving.export import find
 from retinanet_keras.training.folder import build_model, load_weights
@@ -16,8 +18,11 @@ def of_file(path, option):
     if not Path(path).is_file():
         raise DataError(f"{option}: there is no file {path}")
     try:
+        weight_files.check(path)
         model = keras.models.load_model(path)
-    except (OSError, ValueError, TypeError) as error:
+    except UserError as error:
+        raise DataError(f"{option}: {error}") from error
+    except (KeyError, OSError, TypeError, ValueError) as error:  # of Keras, for a configuration that it cannot build
         first = str(error).strip().split("\n")[0]
         raise DataError(f"{option}: {path} is no model that Keras can load ({first})") from None
     if not isinstance(model, RetinaNet) or not model.categories:

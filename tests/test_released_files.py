@@ -388,7 +388,7 @@ def test_the_refused_global_is_named(written):
         (b"ccollections\nOrderedDict\n}" + text("__call__") + b"K\x01sb.", "sets the state of a function"),
         (b"ctorch._utils\n_rebuild_tensor_v2\nN}" + text("__defaults__") + b")s\x86b.", "sets the state of a function"),
         (b"cnumpy\nndarray\n}" + text("x") + b"K\x01sb.", "damaged"),
-        (b"ccollections\nOrderedDict\n)\x81.", "damaged"),
+        (b"ccollections\nOrderedDict\n)\x81.", "instruction NEWOBJ, which no weights need; refused"),
         (b"cnumpy\nndarray\n(K\x04tR.", "damaged"),
         (b"\x82\x01.", "extension 1"),
         (b"ccopyreg\n_reconstructor\n.", r"copyreg\._reconstructor"),

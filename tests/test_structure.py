@@ -17,7 +17,8 @@ PACKAGE = ROOT / "retinanet_keras"
 TABLE = (
     ("runtime",),
     ("errors",),
-    ("storage", "strict_json", "printable"),
+    ("storage", "strict_json", "printable", "archives"),
+    ("weight_files",),
     ("identity", "settings"),
     ("config",),
     ("boxes",),
@@ -30,6 +31,7 @@ TABLE = (
     ("optimizers",),
     ("train_step",),
     ("model",),
+    ("released.stand_ins",),
     ("released.pickles",),
     ("released.files",),
     ("released.layouts",),

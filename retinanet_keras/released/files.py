@@ -5,18 +5,25 @@ They are read by `pickles`, which runs nothing of what is in them. PyTorch is no
 
 import functools
 import math
-import zipfile
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 
+from retinanet_keras import archives
 from retinanet_keras.errors import UserError
-from retinanet_keras.released import pickles
+from retinanet_keras.released import pickles, stand_ins
 
 EXPECTED = "a .pkl of Detectron or Detectron2, a .pth or .pt of PyTorch, or an .npz"
 WRAPPERS = ("blobs", "model", "state_dict")  # of Detectron; Detectron2 and torchvision; PyTorch's training examples
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of PyTorch's format before 1.6; its version is the second
 LEGACY_VERSION = 1001
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# What damaged bytes raise; of archives.DAMAGE, too.
+DAMAGE = (
+    *archives.DAMAGE, pickle.UnpicklingError, AttributeError, IndexError, MemoryError, RecursionError, TypeError,
+)  # fmt: skip
 
 
 def read(path):
@@ -28,8 +35,8 @@ def read(path):
     on what was read, without a copy where they can.
 
     Raises:
-        UserError: where the file cannot be read, is no such file, holds more than arrays and plain containers, or
-            holds no weights.
+        UserError: where the file cannot be read, is no such file, holds more than arrays and plain containers, holds no
+            weights, or would take much more memory than it has bytes.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,14 +50,17 @@ def read(path):
     with file:
         try:
             _check_head(file)
-            content, fetch = _read_zip(file) if file.read(2) == b"PK" else _read_pickles(file)
-            return {name: _array(value, fetch) for name, value in _weights(content).items()}
-        except pickles.Refused as error:
+            size = os.fstat(file.fileno()).st_size
+            content, fetch = _read_zip(file) if file.read(2) == b"PK" else _read_pickles(file, size)
+            weights = _weights(content)
+            _check_size(weights, size)
+            return {name: _array(value, fetch) for name, value in weights.items()}
+        except (stand_ins.Refused, archives.Refused) as error:
             raise UserError(f"{path} {error}") from None
-        except Exception as error:  # damaged bytes can fail anywhere in the pickle and zip modules
+        except DAMAGE as error:
             raise UserError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); expected {EXPECTED}. It is damaged or cut "
-                "short: compare its size with the published one, and download it again."
+                f"{path} cannot be read ({type(error).__name__}: {error!s:.200}); expected {EXPECTED}. It is damaged "
+                "or cut short: compare its size with the published one, and download it again."
             ) from error
 
 
@@ -59,19 +69,19 @@ def _check_head(file):
     head = file.read(64)
     file.seek(0)
     if not head:
-        raise pickles.Refused("is empty. Download it again.")
+        raise stand_ins.Refused("is empty. Download it again.")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise pickles.Refused(
+        raise stand_ins.Refused(
             f"is a web page (HTML or XML), not {EXPECTED}: the download failed or needs a login. Open it in a browser "
             "to see what it says, and download the file itself."
         )
     if head.startswith(b"version https://git-lfs"):
-        raise pickles.Refused("is a Git LFS pointer, not the file itself. Run `git lfs pull` where it came from.")
+        raise stand_ins.Refused("is a Git LFS pointer, not the file itself. Run `git lfs pull` where it came from.")
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
-        raise pickles.Refused(f"is compressed; expected {EXPECTED}. Unpack it first.")
+        raise stand_ins.Refused(f"is compressed; expected {EXPECTED}. Unpack it first.")
     # Pickles begin with a protocol mark, or before protocol 2 with a dict, a list or a global.
     if not head.startswith((b"PK", b"\x80", b"(", b"}", b"]", b"c")):
-        raise pickles.Refused(f"is not {EXPECTED}: it begins with {head[:8]!r}.")
+        raise stand_ins.Refused(f"is not {EXPECTED}: it begins with {head[:8]!r}.")
 
 
 # Files: each reader gives the unpickled content and a function (key, bytes) -> (bytes of that storage, byte order).
@@ -79,18 +89,17 @@ def _check_head(file):
 
 def _read_zip(file):
     """An `.npz`, or PyTorch's format since 1.6: NAME/data.pkl, and each storage in NAME/data/KEY."""
-    archive = zipfile.ZipFile(file)
+    archive = archives.opened(file)
     names = archive.namelist()
     roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
         if not names or any(name.endswith(".npy") for name in names):
-            return _read_npz(file), None
-        raise pickles.Refused(
-            f"is a zip archive of {_some(names)}, not {EXPECTED}. If the weights are in it, unpack it."
-        )
+            return {name.removesuffix(".npy"): _read_npy(archive, name) for name in names}, None
+        members = _some([ascii(name)[1:-1][:60] for name in names])
+        raise stand_ins.Refused(f"is a zip archive of {members}, not {EXPECTED}. If the weights are in it, unpack it.")
     (root,) = roots
     if f"{root}/constants.pkl" in names:
-        raise pickles.Refused(
+        raise stand_ins.Refused(
             "is a TorchScript program, not weights. In PyTorch: torch.save(model.state_dict(), FILE)."
         )
     order = "<"
@@ -105,37 +114,46 @@ def _read_zip(file):
         return archive.read(member), order
 
     with archive.open(f"{root}/data.pkl") as pickled:
-        return pickles.Unpickler(pickled, storages=True).load(), fetch
+        size = archive.getinfo(f"{root}/data.pkl").file_size
+        return pickles.Unpickler(pickled, size, storages=True).load(), fetch
 
 
-def _read_npz(file):
-    file.seek(0)
-    try:
-        return dict(np.load(file, allow_pickle=False))
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise pickles.Refused(pickles.OBJECTS) from None
-        raise
+def _read_npy(archive, name):
+    """An array of an `.npz`. NumPy's own reader takes the memory that the header asks for before there are numbers."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in NPY_HEADERS:
+            raise ValueError(f"{name} has version {version} of NumPy's format")
+        shape, column_major, dtype = NPY_HEADERS[version](member)
+        if dtype.hasobject:
+            raise stand_ins.Refused(stand_ins.OBJECTS)
+        raw = member.read()
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {len(raw)} bytes for an array of shape {shape} and dtype {dtype}")
+    return np.ndarray(shape, dtype, raw, order="F" if column_major else "C")
 
 
-def _read_pickles(file):
+def _read_pickles(file, size):
     """One pickle of NumPy arrays, or PyTorch's older format.
 
     That is five pickles one after another (magic number, version, facts of the machine, content, keys of the storages)
     and then for each key the number of elements, int64, and the elements; always little-endian.
     """
     file.seek(0)
-    content = pickles.Unpickler(file).load()
+    content = pickles.Unpickler(file, size).load()
     if not isinstance(content, int) or content != LEGACY_MAGIC:
         return content, None
-    version = pickles.Unpickler(file).load()
+    version = pickles.Unpickler(file, size).load()
     if version != LEGACY_VERSION:
-        raise pickles.Refused(f"has version {version!r} of PyTorch's older format; expected {LEGACY_VERSION}.")
-    pickles.Unpickler(file).load()
-    unpickler = pickles.Unpickler(file, storages=True)
+        raise stand_ins.Refused(
+            f"has version {stand_ins.short(version)} of PyTorch's older format; expected {LEGACY_VERSION}."
+        )
+    pickles.Unpickler(file, size).load()
+    unpickler = pickles.Unpickler(file, size, storages=True)
     content = unpickler.load()
     positions = {}
-    for key in pickles.Unpickler(file).load():
+    for key in pickles.Unpickler(file, size).load():
+        stand_ins.check_key(key)
         storage, stated = unpickler.storages[key], file.read(8)
         if len(stated) != 8 or int.from_bytes(stated, "little", signed=True) != storage.numel:
             raise ValueError(f"storage {key} does not begin with its number of elements, {storage.numel}")
@@ -144,11 +162,11 @@ def _read_pickles(file):
 
     @functools.cache
     def fetch(key, nbytes):
+        present = max(0, size - positions[key])
+        if nbytes > present:
+            raise ValueError(f"storage {key} should have {nbytes} bytes, and has {present}")
         file.seek(positions[key])
-        raw = file.read(nbytes)
-        if len(raw) != nbytes:
-            raise ValueError(f"storage {key} should have {nbytes} bytes, and has {len(raw)}")
-        return raw, "<"
+        return file.read(nbytes), "<"
 
     return content, fetch
 
@@ -165,12 +183,14 @@ def _weights(content):
             content = {key: value for key, value in content.items() if not str(key).endswith("_momentum")}
     if not isinstance(content, dict) or not content:
         what = "an empty dict" if isinstance(content, dict) else f"a {_kind(content)}"
-        raise pickles.Refused(
+        raise stand_ins.Refused(
             f"holds {what}; expected a dict of names and arrays. Take the file with the model's weights."
         )
-    others = [f"{key!r} ({_kind(value)})" for key, value in content.items() if not _is_weight(key, value)]
+    others = [
+        f"{stand_ins.short(key)} ({_kind(value)})" for key, value in content.items() if not _is_weight(key, value)
+    ]
     if others:
-        raise pickles.Refused(
+        raise stand_ins.Refused(
             f"holds entries that are no arrays of numbers: {_some(others)}; expected a dict of names and arrays. Save "
             "the weights alone: in PyTorch, torch.save(model.state_dict(), FILE)."
         )
@@ -179,14 +199,19 @@ def _weights(content):
 
 
 def _is_weight(key, value):
-    if isinstance(value, pickles.Array):
-        value = value.array
-    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
-    return isinstance(key, str) and (numbers or isinstance(value, pickles.Tensor))
+    dtype = value.dtype if isinstance(value, (np.ndarray, stand_ins.Array)) else None
+    return isinstance(key, str) and (dtype is not None and dtype.kind in "biuf" or isinstance(value, stand_ins.Tensor))
+
+
+def _check_size(weights, size):
+    """Refuse many views of few numbers, each of which would become an array of its own."""
+    total = sum(value.nbytes for value in weights.values())
+    if total > archives.most(size):
+        raise stand_ins.Refused(f"has {size} bytes, but weights of {total}; refused. Get the file from another source.")
 
 
 def _kind(value):
-    return "array" if isinstance(value, (np.ndarray, pickles.Array)) else type(value).__name__.strip("_")
+    return "array" if isinstance(value, (np.ndarray, stand_ins.Array)) else type(value).__name__.strip("_")
 
 
 def _some(names, most=5):
@@ -195,7 +220,7 @@ def _some(names, most=5):
 
 def _array(value, fetch):
     """The array of a weight as a reader left it; read-only, in native byte order."""
-    if isinstance(value, pickles.Tensor):
+    if isinstance(value, stand_ins.Tensor):
         storage = value.storage
         raw, order = fetch(storage.key, storage.numel * storage.dtype.itemsize)
         dtype = storage.dtype.newbyteorder(order)
@@ -204,12 +229,12 @@ def _array(value, fetch):
             offset, strides = 0, None
         # np.ndarray itself refuses strides that leave the buffer, as _rebuild_tensor has done before.
         array = np.ascontiguousarray(np.ndarray(value.size, dtype, raw, offset, strides)).reshape(value.size)
-        if storage.kind == pickles.BFLOAT16:  # the upper half of a float32
+        if storage.kind == stand_ins.BFLOAT16:  # the upper half of a float32
             bits = np.array(array, np.uint32)
             bits <<= 16
             array = bits.view(np.float32)
     else:
-        array = value.array if isinstance(value, pickles.Array) else value
+        array = value.build() if isinstance(value, stand_ins.Array) else value
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     array.flags.writeable = False
     return array

@@ -1,0 +1,43 @@
+"""Zip archives of strangers: what unpacking them takes is known before anything is unpacked."""
+
+import struct
+import zipfile
+import zlib
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of those who write weights
+ALLOWANCE, EXPANSION = 2**26, 20  # weights are noise: compressed they keep more than half of their size
+# What the zipfile module raises for damaged archives.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, KeyError, OSError, OverflowError, RuntimeError, ValueError,
+)  # fmt: skip
+
+
+class Refused(ValueError):
+    """Why an archive is not unpacked, as the rest of a sentence that begins with its path."""
+
+
+def most(size):
+    """The bytes that the content of a file of `size` bytes may take in memory."""
+    return ALLOWANCE + EXPANSION * size
+
+
+def opened(file):
+    """The ZipFile of a binary file.
+
+    Raises:
+        Refused: where its members are much larger than the file, or compressed as no file of weights is.
+        one of DAMAGE: where it is not a zip archive.
+    """
+    archive = zipfile.ZipFile(file)
+    members = archive.infolist()
+    methods = {member.compress_type for member in members} - set(METHODS)
+    if methods:
+        raise Refused(f"has members compressed by zip's method {min(methods)}. Unpack it and pack it again with zip.")
+    file.seek(0, 2)
+    total, size = sum(member.file_size for member in members), file.tell()
+    if total > most(size):
+        raise Refused(
+            f"has {size} bytes that would unpack to {total}, more than weights compress to; refused. Get the file "
+            "from another source."
+        )
+    return archive
