@@ -24,7 +24,7 @@ from retinanet_keras.errors import UserError
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("retinanet_keras")
 SUFFIXES = (".weights.h5", ".keras", ".npz", ".png", ".jpg", ".zip")  # by which those who write choose a format

@@ -1,5 +1,6 @@
 """JSON of strangers: what cannot be read is told in one sentence, and reading takes no more than the text is worth."""
 
+import collections
 import json
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def parse(text, strict=True):
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        hooks = {"object_pairs_hook": _once, "parse_int": _integer} if strict else {}
-        return json.loads(text.removeprefix("\ufeff"), **hooks)
+        text = text.removeprefix("\ufeff")
+        return json.loads(text, object_pairs_hook=_once, parse_int=_integer) if strict else json.loads(text)
     except UnicodeDecodeError as error:
         raise JsonError(f"byte {error.start} is not UTF-8. Save it as UTF-8") from None
     except RecursionError:
@@ -50,8 +51,8 @@ def read(path, strict=True):
 def _once(pairs):
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise JsonError(f"the key {twice[:60]!r} occurs twice in one object. Remove one of the two")
     return tree
 

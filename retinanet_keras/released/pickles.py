@@ -106,7 +106,7 @@ class Unpickler(pickle._Unpickler):  # in Python: the one in C allocates as much
             )
         },
         # As bytes: Python's own takes the memory first.
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # type: ignore[attr-defined]
         pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
         pickle.REDUCE[0]: load_reduce, pickle.PUT[0]: load_put,
     }  # fmt: skip
