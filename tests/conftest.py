@@ -154,7 +154,7 @@ def tiny_export(small_model, tmp_path_factory):
     from retinanet_keras.serving import export
 
     categories = [{"label": i, "id": 2 * i + 5, "name": name} for i, name in enumerate(("cat", "dog", "größe"))]
-    model = small_model(prior=0.3, categories=categories)
+    model = small_model(prior=0.3, categories=categories, norm="group")
     rng = np.random.default_rng(0)
     for subnet in (model.class_subnet, model.box_subnet):  # from the initial sigma .01 all scores would be equal
         kernel = subnet.final.kernel
