@@ -11,7 +11,7 @@ def image_files(paths):
     """Image files and those in folders.
 
     Args:
-        paths: of files and folders; in folders, files with another suffix than IMAGE_SUFFIXES are left out.
+        paths: of files and folders; in folders, files with another suffix than IMAGE_SUFFIXES are skipped.
 
     Returns:
         a list of (path, name). The name of a file in a folder is relative to it; names that come again are numbered:
