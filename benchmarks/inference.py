@@ -287,7 +287,7 @@ def compare(size, folder, rounds, torch):
                 process.end()
                 if name not in (TORCH, TORCH16):
                     raise RuntimeError(f"{name} ended early:\n{said}")
-                print(f"\n{name} is left out: {said.strip().splitlines()[-1]}")
+                print(f"\n{name} is skipped: {said.strip().splitlines()[-1]}")
                 continue
             processes[name] = process
         seconds = {name: [] for name in processes}

@@ -1,4 +1,4 @@
-"""What the command lines share: errors that a user can mend come in one line, without a traceback."""
+"""Shared by the command lines: errors that a user can fix are printed in one line, without a traceback."""
 
 import logging
 import os

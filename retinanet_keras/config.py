@@ -189,7 +189,7 @@ class MiningConfig:
     nms_iou: float = setting(
         0.5,
         "§5.1, Table 1d: .5 for the best",
-        "anchors that overlap a harder one by more are left out",
+        "anchors that overlap a harder one by more are suppressed",
         at_least=0,
         at_most=1,
     )

@@ -5,7 +5,7 @@ import signal
 
 
 class UserError(ValueError):
-    """An error that the user can mend; its message says how."""
+    """An error that the user can fix; its message says how."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -125,7 +125,7 @@ def with_spans(dataset, files, spans):
 
 
 def load(annotation_file, image_dir, *, keep_empty=True):
-    """Read COCO annotations. Crowds are left out, and so are unusable boxes, with a warning; see `dropped`.
+    """Read COCO annotations. Crowds are ignored, and so are unusable boxes, with a warning; see `dropped`.
 
     Args:
         annotation_file: the JSON; `annotations` may be absent, as in test-dev's.

@@ -14,7 +14,7 @@ def image_files(paths):
     """Image files and those in folders.
 
     Args:
-        paths: of files and folders; in folders, files with another suffix than IMAGE_SUFFIXES are left out, and what
+        paths: of files and folders; in folders, files with another suffix than IMAGE_SUFFIXES are skipped, and what
             has such a suffix and is no regular file (a named pipe, of which reading may never end), with a warning.
 
     Returns:

@@ -189,7 +189,7 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
     for reason in (NOT_FINITE, NO_AREA, OUTSIDE):
         findings += find(
             reason.replace(" ", "-"), WARNING, left_out[reason], tell("bbox"),
-            f"boxes {reason}", "They are left out of training, but count against AP. A `bbox` is [x, y, width, "
+            f"boxes {reason}", "They are ignored in training, but count against AP. A `bbox` is [x, y, width, "
             "height] in pixels.",
         )  # fmt: skip
     findings += find(

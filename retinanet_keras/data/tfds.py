@@ -1,6 +1,6 @@
 """TensorFlow Datasets: any detection set with `image` and `objects{bbox, label}`, its images read where they lie.
 
-A set is gone through once: where each encoded image begins in its TFRecord file, and the boxes, which become an
+The dataset is indexed once: where each encoded image begins in its TFRecord file, and the boxes, which become an
 annotation file in COCO's format. From then on an image is so many bytes of a file, read when it is its turn, in any
 order, and all that is written for COCO files serves these sets too.
 """
