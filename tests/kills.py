@@ -119,18 +119,25 @@ class Kills:
         return call
 
 
-def everywhere(make, act, functions=()):
-    """Kill an act before each of its file operations, one after the other, until it comes to its end.
+def everywhere(make, act, functions=(), most=None):
+    """Kill an act before its file operations, once for each, until it comes to its end.
 
     Args:
         make: function of int, the number of the kill, to the path of a folder that nothing has changed yet.
-        act: function of that path. It is called once more than it has operations.
+        act: function of that path. It is called once more than it is killed.
         functions: as for `Kills`.
+        most: int. Of the operations, this many, spread evenly, and the last ones; None: all.
 
     Yields:
         (folder, operation): the folder after a kill, and the operation that it prevented.
     """
-    for n in itertools.count():
+    numbers = itertools.count()
+    if most is not None:
+        with Kills(folder := make(-1), functions=functions) as kills:
+            act(folder)
+        last = max(0, len(kills.operations) - 6)
+        numbers = itertools.chain(range(0, last, -(-last // most) or 1), itertools.count(last))
+    for n in numbers:
         folder = make(n)
         try:
             with Kills(folder, n, functions) as kills:
