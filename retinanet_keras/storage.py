@@ -58,10 +58,40 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_text(path, **kwargs):
+    """Write a text file in UTF-8 that takes the place of another only when it is whole; its folder is made.
+
+    Args:
+        path: the file's place.
+        kwargs: of `open`.
+
+    Yields:
+        the open file. Half a character, which JSON may name, becomes an escape, with which JSON is JSON again.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(path) as partial,
+        open(partial, "w", encoding="utf-8", errors="backslashreplace", **kwargs) as file,
+    ):
+        yield file
+
+
 def write(path, content):
     """Replace a file's content, a str (stored as UTF-8) or bytes, in one step; see `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def folder_beside(path):
+    """An empty folder beside a path, to be renamed within the block, or removed at its end."""
+    partial = _beside(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -78,7 +108,7 @@ def replacing_folder(path):
         the path of an empty folder beside it, to be filled within the block.
     """
     path = Path(path)
-    with _folder_beside(path) as partial:
+    with folder_beside(path) as partial:
         yield partial
         try:
             if path.exists():
@@ -105,7 +135,7 @@ def new_folder(choose):
         an object whose `path` is an empty folder to be filled within the block, and afterwards the place.
     """
     made = _Made()
-    with _folder_beside(choose()) as partial:
+    with folder_beside(choose()) as partial:
         made.path = partial
         yield made
         while True:
@@ -248,16 +278,6 @@ def _beside(path):
 
 def _prefix(path):
     return f".{zlib.crc32(os.fsencode(path.name)):08x}-{zlib.crc32(socket.gethostname().encode()):08x}-"
-
-
-@contextlib.contextmanager
-def _folder_beside(path):
-    partial = _beside(path)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _alive(process):

@@ -20,7 +20,7 @@ from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.data import pipeline, sources
 from retinanet_keras.data.shapes import NAMES
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import timing
+from retinanet_keras.experiments import paper, timing
 from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
 from retinanet_keras.losses import FocalLoss, SmoothL1Loss
 from retinanet_keras.results.draw import PALETTE
@@ -186,12 +186,18 @@ def experiments(run, tmp_path):
         shutil.copytree(run, folder)
         (folder / "log.csv").write_text("step,loss\n2,1.5\n")
         if result:
-            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "result.json").write_text(json.dumps({**dict.fromkeys(paper.METRICS), **result}))
+    for folder in (place / "r50_400/0", place / "r50_500/1"):  # of the paper's network, which time.json is about
+        config = json.loads((folder / "config.json").read_text())
+        config["model"] |= {"backbone": "resnet50", "width": 64, "fpn_channels": 256, "head_depth": 4}
+        config["data"] |= {"short_side": int(folder.parent.name[4:]), "max_side": 1000}
+        (folder / "config.json").write_text(json.dumps(config))
     return place
 
 
 def test_figure2_reads_what_experiments_write(experiments, tmp_path, monkeypatch):
-    """By hand: the mean of 25 and 50; time from time.json where it has the row, else measured."""
+    """By hand: the mean of 25 and 50; time from time.json where it has the row and the run its network."""
+    monkeypatch.setattr(speed, "detection_times", lambda runs: dict.fromkeys(runs, 7.0))
     (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_400": 123.5, "r101_800": 9}}')
     for folder in (experiments.parent, experiments):
         run_command(monkeypatch, "figure", 2, "--runs", folder, "--to", tmp_path)
@@ -200,7 +206,7 @@ def test_figure2_reads_what_experiments_write(experiments, tmp_path, monkeypatch
         assert [columns["method"][i] for i in own] == ["r50_400", "r50_500"]
         assert [columns["AP"][i] for i in own] == ["37.5", "75"]
         timed, untimed = own
-        assert columns["milliseconds"][timed] == "123.5" and float(columns["milliseconds"][untimed]) != 123.5
+        assert columns["milliseconds"][timed] == "123.5" and columns["milliseconds"][untimed] == "7"
         of_times = f"time: {experiments}/time.json"
         assert columns["source"][timed] == f"{experiments}/r50_400, val, mean of seeds 0 1; {of_times}"
         assert columns["source"][untimed] == f"{experiments}/r50_500, val, mean of seeds 1"
@@ -211,6 +217,15 @@ def test_only_what_has_no_time_is_timed(experiments):
     (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_500": 2.0}}')
     points = speed.of_runs(experiments, lambda runs: asked.extend(runs) or dict.fromkeys(runs, 1.0))
     assert asked == [experiments / "r50_400/0"] and [point["milliseconds"] for point in points] == [1.0, 2.0]
+
+
+def test_times_of_the_papers_models_are_not_taken_for_small_ones(experiments, run):
+    shutil.copy(run / "config.json", experiments / "r50_400/0/config.json")
+    (experiments / "time.json").write_text('{"about": "by hand", "rows": {"r50_400": 2.0, "r50_500": 3.0}}')
+    points = speed.of_runs(experiments, lambda runs: dict.fromkeys(runs, 1.0))
+    assert [(point["milliseconds"], point["timed"]) for point in points] == [
+        (1.0, speed.FROM_RUN), (3.0, speed.FROM_TABLE),
+    ]  # fmt: skip
 
 
 def test_models_are_timed_as_table_1e_is(run, tiny_config, data_dir, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras import anchors, targets
+from retinanet_keras import anchors, storage, targets
 from retinanet_keras.data import coco, image_files, pipeline, reach, rules, sources
 from retinanet_keras.data.rules import ERROR, WARNING
 from retinanet_keras.printable import printable
@@ -89,8 +89,8 @@ def inspect(config, to):
         report["errors" if finding.level == ERROR else "warnings"].append(str(finding))
     text = _text(report, config)
     to.mkdir(parents=True, exist_ok=True)
-    (to / "report.txt").write_text(text + "\n", encoding="utf-8")
-    (to / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    storage.write(to / "report.txt", text + "\n")
+    storage.write(to / "report.json", json.dumps(report, indent=1) + "\n")
     print(f"{text}\n\nreport.txt, report.json and pictures are in {to}")
     return report
 

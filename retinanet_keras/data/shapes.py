@@ -7,8 +7,6 @@ any hue. An image depends on the seed, its split and its index only. The numbers
 import colorsys
 import json
 import math
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from retinanet_keras import strict_json
+from retinanet_keras import storage, strict_json
 from retinanet_keras.config import ShapesConfig
 from retinanet_keras.data.coco import DataError
 
@@ -60,9 +58,8 @@ def generate(directory, config):
     stamp = {"version": VERSION, **_plain(config)}
     if _is_done(directory, stamp):
         return
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    try:
-        (partial / "images").mkdir(parents=True)
+    with storage.folder_beside(directory) as partial:
+        (partial / "images").mkdir()
         (partial / "annotations").mkdir()
         counts = [config.train_images, config.val_images, config.test_images]
         with tqdm(total=sum(counts), desc=f"Drawing {directory}", unit="image") as bar:
@@ -74,8 +71,6 @@ def generate(directory, config):
         except OSError:  # another process was first
             if not _is_done(directory, stamp):
                 raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _plain(config):

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+from retinanet_keras import storage
 from retinanet_keras.data import coco
 from retinanet_keras.data.coco import DataError
 
@@ -72,21 +73,14 @@ def write(path, images, annotations, categories, made_of=()):
         annotations: an iterable of them, written as they come.
         made_of: JSON-able, kept in the file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            between = '{"annotations": ['
-            for annotation in annotations:
-                file.write(f"{between}\n{json.dumps(annotation)}")
-                between = ","
-            file.write("],\n" if between == "," else "{")
-            file.write(f'"images": {json.dumps(images)},\n"categories": {json.dumps(categories)},\n')
-            file.write(f'"made_of": {json.dumps(made_of)}}}\n')
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with storage.replacing_text(path) as file:
+        between = '{"annotations": ['
+        for annotation in annotations:
+            file.write(f"{between}\n{json.dumps(annotation)}")
+            between = ","
+        file.write("],\n" if between == "," else "{")
+        file.write(f'"images": {json.dumps(images)},\n"categories": {json.dumps(categories)},\n')
+        file.write(f'"made_of": {json.dumps(made_of)}}}\n')
 
 
 def _image_folder(config, split, name):

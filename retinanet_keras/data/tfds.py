@@ -19,6 +19,7 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
+from retinanet_keras import storage
 from retinanet_keras.data import coco, splits
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.errors import first_line
@@ -171,9 +172,8 @@ def _index(builder, config, pool):
         except OSError:
             continue
         index = _go_through(builder, parts, derived)
-        partial = folder / f".{slug}.{os.getpid()}.npz"
-        np.savez(partial, state=state, **index)
-        os.replace(partial, saved)
+        with storage.replacing(saved) as partial:
+            np.savez(partial, state=state, **index)
         return {**index, "files": [home / name for name in index["files"]]}, derived
     raise DataError(f"Neither {builder.data_dir} nor {_cache(builder)} can be written, for the index of the images")
 

@@ -49,6 +49,15 @@ def read_result(file):
     return tree if known else None
 
 
+def read_ap(file):
+    """AP in 0..1, or None, of an evaluation's metrics.json; a DataError where it cannot be read."""
+    tree = files.read_json(file)
+    ap = tree.get("AP", "") if isinstance(tree, dict) else ""
+    if ap is None or files.finite(ap):
+        return ap
+    raise DataError(f"{file}: expected an object with AP, a number or null. Evaluate the run again")
+
+
 def mean_ap(seeds):
     """The mean AP in percent of {seed: result}, None where no seed has one."""
     return _mean([100 * one["AP"] for one in seeds.values() if one.get("AP") is not None])

@@ -7,8 +7,8 @@ import io
 
 from matplotlib.figure import Figure
 
+from retinanet_keras import storage
 from retinanet_keras.experiments import measured, paper, tables
-from retinanet_keras.results import files
 
 MEASURED_ON = {
     "paper": "COCO minival, which has public labels",
@@ -36,15 +36,15 @@ def write(place, table, scale):
     rows = measured.lines(place, table, scale)
     place.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with files.replacing(place / "table.csv") as file:
+    with storage.replacing_text(place / "table.csv") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     heads, cells = _cells(rows)
     text = "\n".join([*_about(place, table, scale), "", *_aligned(heads, cells), "", *measured.best_alphas(rows)])
-    with files.replacing(place / "table.txt") as file:
+    with storage.replacing_text(place / "table.txt") as file:
         file.write(text)
-    with files.replacing(place / "table.html") as file:
+    with storage.replacing_text(place / "table.html") as file:
         file.write(_page(place, table, scale, rows, heads, cells))
     return text
 

@@ -10,9 +10,9 @@ import platform
 import statistics
 import time
 
+from retinanet_keras import storage
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.experiments import paper, tables
-from retinanet_keras.results import files
 
 SHAPE = 3, 4  # height to width of the image timed, as most of COCO's
 SCORE_THRESHOLD = 0.0  # of the models timed, on every level
@@ -51,7 +51,7 @@ def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
     device = tf.config.experimental.get_device_details(devices[0])["device_name"] if devices else platform.machine()
     about = f"median of {rounds}, one image of 4:3, {device}, TensorFlow {tf.__version__}; the paper's: {_papers()}"
     content = {"about": about, "rows": times}
-    with files.replacing(to / "time.json") as file:
+    with storage.replacing_text(to / "time.json") as file:
         file.write(json.dumps(content, indent=1) + "\n")
     return content
 

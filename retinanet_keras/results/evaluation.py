@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from retinanet_keras import storage
 from retinanet_keras.printable import printable
 from retinanet_keras.results import files, matching, scoring
 from retinanet_keras.results.records import Records
@@ -130,7 +131,7 @@ def format_metrics(metrics):
 def write_metrics(path, metrics):
     """Write `coco_metrics`' dict as JSON; the earlier file stays whole until the new one is complete."""
     text = json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False)
-    with files.replacing(path) as file:
+    with storage.replacing_text(path) as file:
         # A curve is one line. Quotes cannot be in it, and a line break cannot be in a string.
         file.write(re.sub(r"\[\n[^\[\]{}\"]+\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
@@ -139,7 +140,7 @@ def write_results(path, results):
     """Write Records, or COCO's results as dicts, as JSON; the earlier file stays until the new one is complete."""
     if isinstance(results, Records):
         return results.write(path)
-    with files.replacing(path) as file:
+    with storage.replacing_text(path) as file:
         file.write(json.dumps(results, separators=(",", ":"), allow_nan=False))
 
 

@@ -1,11 +1,9 @@
-"""JSON in COCO's formats: read, checked entry by entry, written whole or not at all."""
+"""JSON in COCO's formats: read, and checked entry by entry."""
 
 import collections
-import contextlib
 import numbers
-from pathlib import Path
 
-from retinanet_keras import storage, strict_json
+from retinanet_keras import strict_json
 from retinanet_keras.data import rules
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.printable import printable
@@ -19,16 +17,6 @@ def read_json(path):
         raise DataError(f"{path} cannot be read: {error}") from None
     except strict_json.JsonError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A text file to write into that takes the path's place at the end; after an error the earlier file stays."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with storage.replacing(path) as partial:
-        # JSON may name half a character; as an escape it is JSON again.
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
 
 
 def check_entries(entries, keys, where):

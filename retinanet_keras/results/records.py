@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from retinanet_keras import storage
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.data.rules import LARGEST
 from retinanet_keras.results import files
@@ -164,7 +165,7 @@ class Records:
         """Write COCO's results JSON; the earlier file stays whole until the new one is complete."""
         images, categories = ([json.dumps(i) for i in ids] for ids in (self.image_ids, self.category_ids))
         columns = self.columns()
-        with files.replacing(path) as file:
+        with storage.replacing_text(path) as file:
             file.write("[")
             for start in range(0, len(self), CHUNK):
                 image, category, boxes, scores = (column[start : start + CHUNK].tolist() for column in columns)

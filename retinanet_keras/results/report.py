@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from retinanet_keras import storage
 from retinanet_keras.printable import printable
-from retinanet_keras.results import files, plots
+from retinanet_keras.results import plots
 from retinanet_keras.results.evaluation import IOUS, MEANINGS, METRICS
 
 PICTURE_SIDE = 640  # longer side of a picture in pixels; two panels lie beside each other in it
@@ -58,7 +59,7 @@ def write_report(path, metrics, *, title="Evaluation", about=None, speed=None, b
         + "\n".join(filter(None, sections))
         + "\n</body>\n</html>\n"
     )
-    with files.replacing(path) as file:
+    with storage.replacing_text(path) as file:
         file.write(page)
 
 

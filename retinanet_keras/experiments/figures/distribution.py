@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from retinanet_keras import targets
+from retinanet_keras import storage, targets
 from retinanet_keras.anchors import anchor_boxes
 from retinanet_keras.config import load_config
 from retinanet_keras.data import pipeline, sources
@@ -103,7 +103,7 @@ def figure4(to, run, split=None, images=None, overrides=()):
         )
     }
     path = _draw(to, positive, negative, about)
-    Path(to, "figure4.json").write_text(json.dumps({**about, **findings}, indent=1) + "\n", encoding="utf-8")
+    storage.write(Path(to, "figure4.json"), json.dumps({**about, **findings}, indent=1) + "\n")
     print(f"{Path(to, 'figure4.json')}\n\n{told(about, findings)}")
     return path
 

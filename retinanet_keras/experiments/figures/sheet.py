@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # no pyplot: it keeps figures and a backend in global state
 
+from retinanet_keras import storage
 from retinanet_keras.errors import UserError
 from retinanet_keras.results.draw import PALETTE
 
@@ -44,8 +45,9 @@ def save(to, name, figure, columns, rows):
     picture, table = Path(to) / f"{name}.png", Path(to) / f"{name}.csv"
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture, format="png")
-        with open(table, "w", newline="", encoding="utf-8") as file:
+        with storage.replacing(picture) as partial:
+            figure.savefig(partial, format="png")
+        with storage.replacing_text(table, newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows([[_cell(value) for value in row] for row in rows])

@@ -1,8 +1,8 @@
 """Figure 2: milliseconds an image against AP, the paper's and, where there are runs, those measured here."""
 
-import json
 from pathlib import Path
 
+from retinanet_keras.config import ModelConfig
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments import measured, paper, timing
 from retinanet_keras.experiments.figures import sheet
@@ -16,7 +16,7 @@ LABELS = {("RetinaNet-50", scale): (4, -12) for scale in ("600", "700", "800")} 
 LABELS["RetinaNet-101", "400"] = (6, -10)
 TABLE = "1e"  # whose rows are taken from a folder of tables
 METRICS = "eval/*/metrics.json"  # of a run
-FROM_RUN, FROM_TABLE = "of each run's model", "time.json, for the paper's models"
+FROM_RUN, FROM_TABLE = "of each run's model", "time.json"
 
 
 def of_the_paper():
@@ -41,7 +41,7 @@ def of_runs(folder, measure=None):
     Args:
         folder: a table's folder; a folder of tables, of which Table 1e is drawn; a folder of runs; or one run.
         measure: a function from run folders to {run folder: milliseconds}, called for what has no time in the table's
-            time.json; None: `detection_times`.
+            time.json, which is of the paper's models alone; None: `detection_times`.
 
     Raises:
         UserError: where the folder is none of these, or no AP is in it.
@@ -69,22 +69,33 @@ def _of_rows(place):
         if not done:
             continue
         run = place / row / str(done[0])
-        data = load_config_of(RunFolder(run)).data
-        split = data.test_split or data.val_split
+        config = load_config_of(RunFolder(run))
+        split = config.data.test_split or config.data.val_split
+        time = times.get(row) if _is_of_the_paper(config, row) else None
         source = f"{place / row}, {split}, mean of seeds {' '.join(map(str, done))}"
         points.append({
             "method": row, "scale": "", "AP": measured.mean_ap(seeds), "run": run, "split": split,
-            "milliseconds": times.get(row), "timed": FROM_TABLE if row in times else FROM_RUN,
-            "source": f"{source}; time: {place}/time.json" if row in times else source,
+            "milliseconds": time, "timed": FROM_TABLE if time else FROM_RUN,
+            "source": f"{source}; time: {place}/time.json" if time else source,
         })  # fmt: skip
     return points
+
+
+def _is_of_the_paper(config, row):
+    """Whether a run has the network and the image scale of Table 1e's row, of which time.json is."""
+    printed, usual = paper.rows(TABLE).get(row), ModelConfig()
+    return (
+        printed is not None
+        and (config.model.backbone, config.data.short_side) == (f"resnet{printed['depth']}", printed["scale"])
+        and all(getattr(config.model, name) == getattr(usual, name) for name in ("width", "fpn_channels", "head_depth"))
+    )
 
 
 def _of_plain_runs(folder):
     points = []
     for file in sorted(folder.glob(METRICS)) or sorted(folder.glob(f"*/{METRICS}")):
         run, split = file.parents[2], file.parent.name
-        ap = json.loads(file.read_text(encoding="utf-8"))["AP"]
+        ap = measured.read_ap(file)
         if ap is not None:
             points.append({
                 "method": run.name, "scale": "", "AP": 100 * ap, "run": run, "split": split, "milliseconds": None,

@@ -4,7 +4,6 @@ The paper calls a setting effective where the model converged with an AP over 33
 AP is at least that part of the AP of FL in the same training. The grid is this project's: the paper's is only drawn.
 """
 
-import json
 import shlex
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from retinanet_keras.config import load_config
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import paper
+from retinanet_keras.experiments import measured, paper
 from retinanet_keras.experiments.figures import curves, sheet
 
 GAMMAS = (1.0, 2.0, 4.0)
@@ -55,7 +54,7 @@ def states(folder):
         if len(found) > 1:
             raise UserError(f"{run} has been evaluated on several splits; leave one of {[str(f) for f in found]}")
         diverged = not found and any(run.glob("failed/*.npz"))
-        ap = (json.loads(found[0].read_text(encoding="utf-8"))["AP"] or 0.0) if found else None
+        ap = (measured.read_ap(found[0]) or 0.0) if found else None
         aps[name] = ap, diverged
     baseline = aps[BASELINE][0]
 
