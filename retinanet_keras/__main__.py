@@ -1,11 +1,10 @@
 """Commands beside training and evaluation: `python -m retinanet_keras VERB`."""
 
 import argparse
-import json
 import zipfile
 from pathlib import Path
 
-from retinanet_keras import cli, config, runtime, settings
+from retinanet_keras import cli, config, runtime, settings, strict_json
 from retinanet_keras.experiments import tables
 
 
@@ -158,7 +157,7 @@ def work_of_step(file):
 
     try:
         with np.load(file) as arrays:
-            model = json.loads(str(arrays["about"]))["config"]["model"]
+            model = strict_json.parse(str(arrays["about"]))["config"]["model"]
         return runtime.work_of(model["backbone"], model["width"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return runtime.OTHER  # reading it again says what is wrong with it

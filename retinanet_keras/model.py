@@ -183,13 +183,13 @@ class RetinaNet(keras.Model):
         self.optimizer.build(self.trainable_variables)
 
     @functools.wraps(keras.Model.fit)
-    def fit(self, *args, class_weight=None, **kwargs):
-        fit_arguments.check_class_weight(class_weight)
+    def fit(self, *args, **kwargs):
+        fit_arguments.check_class_weight(super().fit, args, kwargs)
         return super().fit(*args, **kwargs)
 
     @functools.wraps(keras.Model.train_on_batch)
-    def train_on_batch(self, *args, class_weight=None, **kwargs):
-        fit_arguments.check_class_weight(class_weight)
+    def train_on_batch(self, *args, **kwargs):
+        fit_arguments.check_class_weight(super().train_on_batch, args, kwargs)
         return super().train_on_batch(*args, **kwargs)
 
     def loss_terms(self, images, truth, outputs, sample_weight=None):
@@ -204,7 +204,7 @@ class RetinaNet(keras.Model):
             outputs, truth["boxes"], truth["labels"], self._anchors_of(images, SIZE_MULTIPLE)[0],
             target_config=self.targets, classification_loss=self.classification_loss, box_loss=self.box_loss,
             normalizer=self.normalizer, mining_config=self.mining,
-            image_weights=fit_arguments.image_weights(sample_weight),
+            image_weights=fit_arguments.image_weights(sample_weight, truth["labels"].shape[0]),
         )  # fmt: skip
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):

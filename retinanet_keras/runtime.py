@@ -15,6 +15,7 @@ their pages are mapped and cleared again in each step. Here glibc keeps them.
 Threads. TensorFlow starts as many as the machine has CPUs, in a container that may use fewer, too.
 """
 
+import contextlib
 import ctypes
 import logging
 import math
@@ -96,19 +97,28 @@ def keep_freed_memory() -> bool:
     return bool(mapped and mallopt(M_TRIM_THRESHOLD, most))
 
 
-def cpu_limit(root: str | Path = "/sys/fs/cgroup") -> int | None:
-    """The CPUs that a container may use, where it is fewer than it sees; None: no such limit."""
-    root = Path(root)
-    try:
-        if (root / "cpu.max").exists():  # cgroup v2
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        limit = math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroups; "max"
-        return None
+def cpu_limit(root: str | Path = "/sys/fs/cgroup", own: str | Path = "/proc/self/cgroup") -> int | None:
+    """The CPUs that this process may use by its cgroup and those above it, where they are fewer than it sees.
+
+    Args:
+        root: where the cgroups are, of version 2 or 1.
+        own: lists the process's own, as ID:CONTROLLERS:PATH.
+
+    Returns:
+        their number, rounded up; None: no such limit.
+    """
+    lines = ["0::/", "1:cpu:/"]  # those of a container, which may be told the machine's names of them
+    with contextlib.suppress(OSError):  # not Linux
+        lines += Path(own).read_text().splitlines()
+    folders: set[Path] = set()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            base, inside = Path(root, "cpu" if controllers else ""), Path(path.strip("/"))
+            folders |= {base / part for part in (inside, *inside.parents)}
+    limits = [math.ceil(limit) for folder in folders if (limit := _quota(folder))]
     seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return limit if seen and 0 < limit < seen else None
+    return min(limits) if seen and limits and min(limits) < seen else None
 
 
 def cpu_flags() -> set[str]:
@@ -123,6 +133,18 @@ def processor() -> str:
     onednn = os.environ.get(KERNELS, "1" if flags & ONEDNN_FLAGS else "0") == "1"
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} CPUs, {widest}, oneDNN {'on' if onednn else 'off'}"
+
+
+def _quota(folder: Path) -> float | None:
+    """CPUs that a cgroup may use; None: as many as there are."""
+    try:
+        if (folder / "cpu.max").exists():  # version 2
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return max(0, int(quota)) / int(period) or None
+    except (OSError, ValueError, ZeroDivisionError):  # "max"
+        return None
 
 
 def _cpuinfo(field: str) -> str:

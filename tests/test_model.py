@@ -584,6 +584,7 @@ def test_other_bad_arguments(small_model):
     ("loss", "mse", "name classification_loss, box_loss, or both"),
     ("loss", {"logits": keras.losses.BinaryCrossentropy()}, "name classification_loss, box_loss, or both"),
     ("loss_weights", [1.0, 2.0], "give box_weight"),
+    ("loss_weights", np.ones(2), "give box_weight"),
     ("metrics", ["accuracy"], "add the callback CocoMetrics"),
     ("weighted_metrics", [keras.metrics.MeanSquaredError()], "add the callback CocoMetrics"),
 ])  # fmt: skip
@@ -619,10 +620,17 @@ def test_class_weight_is_refused(small_model):
     ):
         with pytest.raises(ValueError, match="class_weight: expected None, got {0: 2.0}.*sample_weight"):
             train(class_weight={0: 2.0})
+    for train in (
+        lambda: model.train_on_batch(IMAGES, TRUTH, None, {0: 2.0}),
+        lambda: model.fit(IMAGES, TRUTH, 3, 1, 0, None, 0.0, None, True, {0: 2.0}),
+    ):
+        with pytest.raises(ValueError, match="class_weight: expected None, got {0: 2.0}"):
+            train()
 
 
 @pytest.mark.parametrize("given", [
     WEIGHTS[:, None], np.ones((3, 2), "float32"), {"labels": WEIGHTS}, {"labels": WEIGHTS, "boxes": TRUTH["boxes"]},
+    {"labels": WEIGHTS, "boxes": None}, WEIGHTS[:1], WEIGHTS[0],
 ])  # fmt: skip
 def test_weights_that_are_not_of_images_are_refused(small_model, given):
     model = small_model()

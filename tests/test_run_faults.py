@@ -10,7 +10,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras import commands
+from retinanet_keras import __main__ as command_line
+from retinanet_keras import commands, runtime
 from retinanet_keras.data import sources
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.serving import detector
@@ -66,11 +67,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     assert np.isfinite(good["gradient_norm"]) and not good["not_finite"]
     assert not np.isfinite(bad["gradient_norm"]) and bad["not_finite"]
     assert commands.replay(folder.failed / "step-4.npz") == 1
+    assert command_line.work_of_step(folder.failed / "step-4.npz") == runtime.OTHER  # of a small ResNet
+    about = {"config": {"model": {"backbone": "resnet50", "width": 64}}}
+    np.savez(tmp_path / "r50.npz", about=json.dumps(about))
+    assert command_line.work_of_step(tmp_path / "r50.npz") == runtime.LARGE_TRAINING
     assert str(ids[1]) in capsys.readouterr().out
     for content in (b"", (folder.failed / "step-4.npz").read_bytes()[:5000]):
         (tmp_path / "cut.npz").write_bytes(content)
         with pytest.raises(RunError, match="cut.npz cannot be read .* train.py wrote"):
             next(replay.replay(tmp_path / "cut.npz"))
+        assert command_line.work_of_step(tmp_path / "cut.npz") == runtime.OTHER
 
 
 @pytest.mark.slow

@@ -131,6 +131,10 @@ def test_work_is_known_by_the_network():
     ("files", "limit"),
     [
         ({"cpu.max": "50000 100000\n"}, 1),
+        ({"user/job/cpu.max": "150000 100000\n", "user/cpu.max": "max 100000\n"}, 2),
+        ({"user/job/cpu.max": "max 100000\n", "user/cpu.max": "250000 100000\n"}, 3),
+        ({"user/other/cpu.max": "50000 100000\n"}, None),
+        ({"cpu/batch/cpu.cfs_quota_us": "50000", "cpu/batch/cpu.cfs_period_us": "100000"}, 1),
         ({"cpu.max": "max 100000\n"}, None),
         ({"cpu.max": "10000000 100000\n"}, None),  # more than there are
         ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
@@ -141,9 +145,12 @@ def test_work_is_known_by_the_network():
 def test_the_limit_of_a_container(tmp_path, monkeypatch, files, limit):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
-    assert runtime.cpu_limit(tmp_path) == limit
+    (tmp_path / "own").write_text("4:cpu,cpuacct:/batch\n3:memory:/else\n0::/user/job\n")
+    assert runtime.cpu_limit(tmp_path, tmp_path / "own") == limit
+    if not any("user" in name or "batch" in name for name in files):
+        assert runtime.cpu_limit(tmp_path, tmp_path / "absent") == limit
 
 
 def test_threads_follow_the_limit(environment):

@@ -6,7 +6,7 @@ import zipfile
 import keras
 import numpy as np
 
-from retinanet_keras import storage, train_step
+from retinanet_keras import storage, strict_json, train_step
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.training.folder import RunError, build_model
@@ -43,7 +43,8 @@ def replay(path):
     """
     try:
         with np.load(path) as file:
-            about, arrays = json.loads(str(file["about"])), {name: file[name] for name in file.files if name != "about"}
+            about = strict_json.parse(str(file["about"]))
+            arrays = {name: file[name] for name in file.files if name != "about"}
         config, categories = config_from_dict(about["config"]), Categories.from_list(about["categories"])
         model = build_model(config, categories)
         for i, variable in enumerate(model.weights):
