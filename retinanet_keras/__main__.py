@@ -4,7 +4,7 @@ import argparse
 import zipfile
 from pathlib import Path
 
-from retinanet_keras import cli, config, runtime, settings, strict_json
+from retinanet_keras import cli, config, runtime, settings, storage, strict_json
 from retinanet_keras.experiments import tables
 
 
@@ -138,6 +138,7 @@ def client(args):
 
 def inspect(args):
     loaded = config.load_config(args.config, args.set)
+    storage.check_folder(args.to, "--to")
     cli.import_tensorflow()
     from retinanet_keras.data import inspection
 
@@ -176,6 +177,7 @@ def experiments(args):
     if args.time and args.name != "1e":
         raise settings.ConfigError(f"--time: expected table 1e with it, got {args.name}")
     to = Path(args.to or f"runs/experiments/{args.scale}")
+    storage.check_folder(to, "--to")
     from retinanet_keras.experiments import output, runner, timing
 
     if args.dry_run:
@@ -189,6 +191,7 @@ def experiments(args):
 
 
 def figure(args):
+    storage.check_folder(args.to, "--to")
     cli.import_tensorflow()
     from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
 

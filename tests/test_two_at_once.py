@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
+from PIL import Image
 
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.serving import export
@@ -16,6 +18,7 @@ from retinanet_keras.training.checkpoints import Checkpoints, load_run
 from retinanet_keras.training.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ("train", "evaluate", "export", "detect", "inspect")
 
 
 def command(name, folder):
@@ -24,11 +27,16 @@ def command(name, folder):
         return ["train.py", "--config", str(folder / "config.json"), "--workdir", str(folder), *more]
     if name == "evaluate":
         return ["evaluate.py", "--workdir", str(folder), "--split", "val"]
-    return ["-m", "retinanet_keras", "export", "--workdir", str(folder), "--to", str(folder.parent / "served")]
+    to = str(folder.parent / name)
+    if name == "export":
+        return ["-m", "retinanet_keras", name, "--workdir", str(folder), "--to", to, "--onnx", f"{to}.onnx"]
+    if name == "detect":
+        return ["-m", "retinanet_keras", name, "--model", str(folder), str(ROOT / "docs/images/shapes.jpg"), "--to", to]
+    return ["-m", "retinanet_keras", name, "--config", str(folder / "config.json"), "--to", to]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [*itertools.combinations_with_replacement(("train", "evaluate", "export"), 2)])
+@pytest.mark.parametrize("pair", [*itertools.combinations_with_replacement(COMMANDS, 2)])
 def test_both_are_right_or_one_is_refused(finished, tmp_path, pair):
     shutil.copytree(finished[0].path, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
@@ -56,4 +64,10 @@ def test_both_are_right_or_one_is_refused(finished, tmp_path, pair):
     steps = [row["step"] for row in folder.log_rows() if "loss" in row]
     assert steps == ([2, 4, 6, 8] if "train" in worked else [2, 4, 6])
     assert export.versions(folder.export) == [1]
-    assert len(export.versions(tmp_path / "served")) == worked.count("export")
+    assert len(export.versions(tmp_path / "export")) == worked.count("export")
+    if "export" in worked:
+        onnx.checker.check_model(onnx.load(tmp_path / "export.onnx"))
+    if "detect" in worked:
+        Image.open(tmp_path / "detect/shapes.jpg").load()
+    if "inspect" in worked:
+        assert json.loads((tmp_path / "inspect/report.json").read_text())["errors"] == []

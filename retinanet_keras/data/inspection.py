@@ -62,8 +62,14 @@ def inspect(config, to):
     Returns:
         the report: a dict with `errors` and `warnings`, lists of sentences, and `splits`, the numbers of each.
     """
-    data = config.data
     to = Path(to)
+    to.mkdir(parents=True, exist_ok=True)
+    with storage.locked(to, "inspecting"):
+        return _inspect(config, to)
+
+
+def _inspect(config, to):
+    data = config.data
     splits = dict.fromkeys(filter(None, (data.train_split, data.val_split, data.test_split)))
     report = {"errors": [], "warnings": [], "splits": {}}
     datasets = {}
@@ -88,7 +94,6 @@ def inspect(config, to):
     for finding in _between(datasets):
         report["errors" if finding.level == ERROR else "warnings"].append(str(finding))
     text = _text(report, config)
-    to.mkdir(parents=True, exist_ok=True)
     storage.write(to / "report.txt", text + "\n")
     storage.write(to / "report.json", json.dumps(report, indent=1) + "\n")
     print(f"{text}\n\nreport.txt, report.json and pictures are in {to}")

@@ -52,7 +52,7 @@ def run(images, to, server, model, *, version=None, signature="bytes", batch=1, 
     Path(to).mkdir(parents=True, exist_ok=True)
     results = _Results(Path(to, RESULTS_FILE), server, model, SIGNATURES[signature][0])
     print(table.HEADER)
-    with connect(server, model, version=version, timeout=timeout) as ask, results:
+    with storage.locked(to, "client"), connect(server, model, version=version, timeout=timeout) as ask, results:
         for group in _batches(files, signature, batch, results):
             for part, found in _answers(ask, signature, group, results):
                 accepted.append([item for _, _, item in part])
