@@ -39,14 +39,30 @@ def train_nothing(request):
         yield
 
 
-def five_convolutions(dtype=None):
+@pytest.fixture(autouse=True)
+def run_eagerly(request):
+    """A test marked `eager` lets TensorFlow run functions as they are: tracing one takes seconds."""
+    import keras
+
+    marker = request.node.get_closest_marker("eager")
+    if not marker or marker.args == (False,) or keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def five_convolutions(dtype=None, activation="relu"):
     """A Keras model of C1 to C5, with a fraction of the layers of a ResNet, which take long to trace."""
     import keras
 
     images = keras.Input((None, None, 3))
     x, levels = images, {}
     for level, channels in zip(range(1, 6), (8, 8, 8, 16, 32), strict=True):
-        x = keras.layers.Conv2D(channels, 3, 2, "same", activation="relu", dtype=dtype, name=f"conv{level}")(x)
+        x = keras.layers.Conv2D(channels, 3, 2, "same", activation=activation, dtype=dtype, name=f"conv{level}")(x)
         levels[f"c{level}"] = x
     return keras.Model(images, levels)
 

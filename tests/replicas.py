@@ -6,7 +6,8 @@ prints what it counted as JSON, and writes all variables before and after.
 
 Convolutions add up in another order for a batch of another size. A ReLU whose input is within that rounding of 0 may
 then open for one split of the batch and not for another, and the weights of the next steps differ by far more than
-rounding. With "smooth" the model has no such place, so that what differs is rounding alone.
+rounding. With "smooth" the model has no such place, so that what differs is rounding alone. Without "resnet" its
+backbone is five convolutions, which are traced sooner.
 """
 
 import json
@@ -19,7 +20,8 @@ import numpy as np
 
 SETTINGS = {
     "replicas": 1, "norm": "frozen", "normalizer": "image", "jit": True, "steps": 10, "width": 16, "fpn_channels": 32,
-    "head_depth": 1, "learning_rate": 0.02, "clip_norm": 1.0, "smooth": False, "weighted": False, "dump": None,
+    "head_depth": 1, "resnet": True, "learning_rate": 0.02, "clip_norm": 1.0, "smooth": False,
+    "weighted": False, "dump": None,
 }  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def main(settings, out):
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={settings['dump']} --xla_dump_hlo_as_text"
     import keras
     import tensorflow as tf
+    from conftest import five_convolutions
 
     from retinanet_keras import RetinaNet, optimizers
     from retinanet_keras.config import StrategyConfig, TrainConfig
@@ -82,10 +85,12 @@ def main(settings, out):
     )  # fmt: skip
     keras.utils.set_random_seed(0)
     with strategy.scope():
+        backbone, of_resnet = "resnet18", {"width": settings["width"], "norm": settings["norm"]}
+        if not settings["resnet"]:
+            backbone, of_resnet = five_convolutions(activation="silu" if settings["smooth"] else "relu"), {}
         model = RetinaNet(
-            3, "resnet18", width=settings["width"], fpn_channels=settings["fpn_channels"],
-            head_depth=settings["head_depth"], norm=settings["norm"],
-        )  # fmt: skip
+            3, backbone, fpn_channels=settings["fpn_channels"], head_depth=settings["head_depth"], **of_resnet
+        )
         for layer in model.backbone.layers:
             if layer.name.endswith("_conv2_norm"):  # else each residual block would double the variance
                 layer.gamma.assign(0.2 * layer.gamma)

@@ -12,10 +12,23 @@ from backends import numpy_of
 from keras import ops
 
 import retinanet_keras
-from retinanet_keras import RetinaNet, boxes, checkpoints, detections, load_config, losses, mining, optimizers, targets
+from retinanet_keras import (
+    RetinaNet,
+    boxes,
+    checkpoints,
+    detections,
+    fit_arguments,
+    load_config,
+    losses,
+    mining,
+    optimizers,
+    targets,
+)
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig, TrainConfig
 from retinanet_keras.model import PAD_COLOR
+
+pytestmark = pytest.mark.eager
 
 TRUTH = {  # of 64 x 64 images: two boxes and padding; none; one box that is too thin for any anchor
     "boxes": np.float32([
@@ -437,6 +450,7 @@ def test_background_alone_trains_the_class_subnet(small_model):
             np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.eager(False)
 def test_fit_lowers_the_loss(small_model):
     model = small_model()
     model.compile(keras.optimizers.Adam(1e-3))
@@ -593,7 +607,7 @@ def test_what_compile_cannot_honor_is_refused(small_model, name, value, instead)
     with pytest.raises(ValueError, match=f"^{name}: expected None, got .*{instead}"):
         model.compile("sgd", **{name: value})
     model.compile("sgd", **{name: None})
-    model.train_on_batch(IMAGES, TRUTH)
+    assert model.compiled
 
 
 def test_unknown_arguments_of_compile(small_model):
@@ -632,14 +646,21 @@ def test_class_weight_is_refused(small_model):
     WEIGHTS[:, None], np.ones((3, 2), "float32"), {"labels": WEIGHTS}, {"labels": WEIGHTS, "boxes": TRUTH["boxes"]},
     {"labels": WEIGHTS, "boxes": None}, WEIGHTS[:1], WEIGHTS[0],
 ])  # fmt: skip
-def test_weights_that_are_not_of_images_are_refused(small_model, given):
+def test_weights_that_are_not_of_images_are_refused(given):
+    with pytest.raises(ValueError, match="sample_weight: expected one weight for each image.* for 3 images"):
+        fit_arguments.image_weights(given, 3)
+
+
+def test_every_way_to_train_refuses_weights_that_are_not_of_images(small_model):
     model = small_model()
-    model.compile("sgd")
-    for run in (model.train_on_batch, model.test_on_batch):
+    model.compile("sgd", run_eagerly=True)
+    for run in (
+        lambda: model.train_on_batch(IMAGES, TRUTH, WEIGHTS[:1]),
+        lambda: model.test_on_batch(IMAGES, TRUTH, WEIGHTS[:1]),
+        lambda: model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH, WEIGHTS[:, None])), verbose=0),
+    ):
         with pytest.raises(ValueError, match="sample_weight: expected one weight for each image"):
-            run(IMAGES, TRUTH, given)
-    with pytest.raises(ValueError, match="sample_weight: expected one weight for each image"):
-        model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH, given)), verbose=0)
+            run()
 
 
 # The names others call

@@ -95,6 +95,7 @@ def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(
     assert folder.log_rows()[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out_and_counted_where_asked(tiny_config, data_dir, tmp_path, caplog):
     broken = tmp_path / "broken"
     shutil.copytree(data_dir, broken)

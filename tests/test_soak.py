@@ -51,7 +51,8 @@ def answers(server, tasks):
     return found
 
 
-@pytest.mark.parametrize("requests", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("requests", [40, 2000])
 def test_four_clients_get_what_one_gets_and_memory_is_flat(server, requests):
     """Half of the clients speak REST. Memory is looked at in the long form alone: the short one is all warm-up."""
     addresses, process = server
