@@ -336,7 +336,9 @@ def test_any_values_make_a_configuration_or_one_sentence(made_up, random):
         *sections, last = key.split(".")
         at = tree
         for section in sections:
-            at = at[section] = at[section] if isinstance(at.get(section), dict) else {}
+            if not isinstance(at.get(section), dict):
+                at[section] = {}
+            at = at[section]
         at[last] = copy.deepcopy(value)
     text = json.dumps(tree)
     if random.random() < 0.3:  # cut off, or a byte changed

@@ -65,7 +65,7 @@ def train(config, workdir):
         step = checkpoints.restore()
         strategies.check_same(strategy, step)
         if chief:
-            preflight.check(model, config, folder, config.data.test_split or config.data.val_split)
+            preflight.check(config, folder, config.data.test_split or config.data.val_split)
             checkpoints.clear_remains()
             folder.cut_log(step)
             best.mend(folder)
@@ -89,7 +89,6 @@ def _open_splits(config):
             f"{val_set.annotation_file} has no annotations, so data.val_split={data.val_split} tells nothing of a "
             "training. Name another, or set eval.every=0"
         )
-    preflight.check_names(train_set.categories, train_set.annotation_file)
     for other in (val_set, test_set):
         evaluator.check_categories(other, train_set.categories)
         inspection.check_files(other)
