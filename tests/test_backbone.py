@@ -9,6 +9,8 @@ from keras import ops
 from retinanet_keras import RetinaNet
 from retinanet_keras import backbone as backbones
 
+pytestmark = pytest.mark.eager
+
 
 @pytest.mark.parametrize("name, channels", [("resnet18", (16, 32, 64)), ("resnet50", (64, 128, 256))])
 @pytest.mark.parametrize("norm", ["group", "frozen"])
@@ -141,6 +143,7 @@ def test_resnext_has_its_papers_shape():
     assert tuple(model.get_layer("res5_2_conv2").kernel.shape) == (3, 3, 64, 2048)
 
 
+@pytest.mark.eager(False)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("stride, padding", [(1, "same"), (2, "valid")])
 def test_a_grouped_convolution_is_the_same_either_way(stride, padding, jit):
@@ -175,6 +178,7 @@ def test_a_grouped_convolution_is_the_same_either_way(stride, padding, jit):
     np.testing.assert_allclose(found[False][2][..., mine], by_kernel, atol=1e-5 * np.abs(by_kernel).max())
 
 
+@pytest.mark.eager(False)
 def test_a_grouped_convolution_is_split_only_where_tensorflow_has_no_gradient_of_it():
     """Asked by trying it, also while a graph is traced."""
     x, kernel = tf.ones((1, 5, 5, 4)), tf.Variable(tf.ones((3, 3, 2, 4)))
@@ -208,6 +212,7 @@ def test_a_grouped_convolution_has_a_gradient_in_every_precision(dtype):
     assert tf.reduce_all(tf.abs(tape.gradient(total, layer.kernel.value)) > 0)
 
 
+@pytest.mark.eager(False)
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_step_of_resnext(jit):

@@ -11,6 +11,8 @@ from PIL import Image
 from retinanet_keras.data import headers, sources
 from retinanet_keras.serving import export
 
+pytestmark = pytest.mark.eager
+
 # Compiled once: op by op each image would take a tenth of a second.
 decode = tf.function(sources.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 SIZES = [(13, 21), (1, 1), (5, 32), (8, 3)]  # height and width

@@ -14,6 +14,8 @@ from retinanet_keras.__main__ import main
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.errors import UserError
 
+pytestmark = pytest.mark.eager
+
 FILES = {  # name -> (kind, what makes the weights, those that its own forward takes, type of the file)
     "Detectron R50": ("detectron", lambda: foreign.detectron("R50", extras=True), None, "pkl"),
     "Detectron R101": ("detectron", lambda: foreign.detectron("R101"), None, "pkl"),

@@ -26,6 +26,8 @@ from retinanet_keras.training import run
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
 
+pytestmark = pytest.mark.eager
+
 ROOT = Path(__file__).parents[1]
 
 

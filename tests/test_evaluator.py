@@ -20,6 +20,8 @@ from retinanet_keras.training import evaluator
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError
 
+pytestmark = pytest.mark.eager
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,6 +40,7 @@ def whole(finished, tmp_path_factory):
     return (folder / "eval/train/results.json").read_bytes()
 
 
+@pytest.mark.eager(False)
 def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeypatch, capsys):
     """It stops after two batches, and a third is cut off in the middle of its line."""
     batches = evaluator._by_model
@@ -92,6 +95,7 @@ def test_replicas_share_an_evaluation_and_find_the_same(run_copy, whole, replica
     assert (run_copy / "eval/train/results.json").read_bytes() == whole
 
 
+@pytest.mark.eager(False)
 def test_a_split_without_labels_gives_a_submission(run_copy, finished):
     """Named and zipped as COCO's server asks; nothing is scored."""
     data = Path(json.loads((run_copy / "config.json").read_text())["data"]["dir"])

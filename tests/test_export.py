@@ -22,6 +22,8 @@ from retinanet_keras.identity import identity
 from retinanet_keras.serving import detector, export, inference
 from retinanet_keras.serving.card import describe
 
+pytestmark = pytest.mark.eager
+
 CONFIG = config_from_dict({"data": {"short_side": 96, "max_side": 128}})
 CATEGORIES = [{"label": 0, "id": 7, "name": "cat"}, {"label": 1, "id": 3, "name": "dog"}]
 SIZES = [(120, 160), (160, 120), (75, 200), (64, 64)]  # height, width
@@ -169,8 +171,9 @@ for found in answers:
         **{name: (100,) for name in ("scores", "labels", "category_ids", "names")}, "boxes": (100, 4),
         "num_detections": ()}
     assert {value.shape[0] for value in found.values()} == {0}
+from conftest import five_convolutions
 from retinanet_keras import RetinaNet
-model = RetinaNet(2, "resnet18", width=8, fpn_channels=16, head_depth=1)
+model = RetinaNet(2, five_convolutions(), fpn_channels=16, head_depth=1)
 none, one = np.zeros([0, 50, 70, 3], "uint8"), np.zeros([1, 50, 70, 3], "uint8")
 batches = tf.data.Dataset.from_generator(lambda: (none, one, none), output_signature=tf.TensorSpec([None, 50, 70, 3]))
 for found, count in [(model.detect(none), 0), (model.predict_on_batch(none), 0), (model.predict(none, verbose=0), 0),
@@ -181,7 +184,8 @@ for found, count in [(model.detect(none), 0), (model.predict_on_batch(none), 0),
 
 def test_an_empty_batch_has_no_detections(saved):
     """With oneDNN, whose convolutions fail on one; whether it is used is decided when TensorFlow starts."""
-    env = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    places = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    env = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1", "PYTHONPATH": os.pathsep.join(places)}
     done = subprocess.run([sys.executable, "-c", EMPTY, str(saved)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 

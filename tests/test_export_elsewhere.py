@@ -27,6 +27,8 @@ from retinanet_keras.serving import onnx as onnx_file
 from retinanet_keras.serving.conversation import connect
 from retinanet_keras.training.checkpoints import load_run
 
+pytestmark = pytest.mark.eager
+
 SIZES = [(96, 64), (64, 96), (80, 80), (50, 120)]  # height, width
 
 

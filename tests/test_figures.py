@@ -27,6 +27,8 @@ from retinanet_keras.results.draw import PALETTE
 from retinanet_keras.training.checkpoints import Checkpoints
 from retinanet_keras.training.folder import RunFolder, build_model
 
+pytestmark = pytest.mark.eager
+
 ROOT = Path(__file__).parents[1]
 BLUE, RED = PALETTE[0], PALETTE[5]
 

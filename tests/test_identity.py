@@ -2,10 +2,14 @@
 
 import json
 
+import pytest
+
 from retinanet_keras.config import DetectionConfig, config_from_dict
 from retinanet_keras.evaluate import evaluate
 from retinanet_keras.identity import identity
 from retinanet_keras.training.checkpoints import load_trained
+
+pytestmark = pytest.mark.eager
 
 
 def test_equal_weights_and_settings_are_told_from_others(small_model):

@@ -16,6 +16,8 @@ from retinanet_keras.data import coco, inspection, pipeline, sources
 from retinanet_keras.data.coco import DataError
 from retinanet_keras.data.listing import image_files
 
+pytestmark = pytest.mark.eager
+
 LIMIT = 64 * 48
 
 

@@ -20,6 +20,8 @@ from retinanet_keras.training.checkpoints import Checkpoints, load_run
 from retinanet_keras.training.folder import RunError, RunFolder
 from retinanet_keras.training.stream import Stream, explained
 
+pytestmark = pytest.mark.eager
+
 
 def test_a_non_finite_loss_stops_and_keeps_the_last_checkpoint(tiny_config, data_dir, tmp_path):
     folder = RunFolder(tmp_path / "diverging")

@@ -24,6 +24,7 @@ def compiled(small_model, optimizer=None, **settings):
     return model
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("normalizer", ["image", pytest.param("minibatch", marks=pytest.mark.slow)])
 def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model, normalizer):
     model = compiled(small_model, normalizer=normalizer)
@@ -81,15 +82,17 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
 
 
 @pytest.mark.parametrize(
-    "norm", [pytest.param("group", marks=pytest.mark.slow), "batch", pytest.param("frozen", marks=pytest.mark.slow)]
+    "norm", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in ("group", "batch", "frozen"))]
 )
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
     images, truth = batch()
-    expected = compiled(small_model, norm=norm).train_on_batch(images, truth, return_dict=True)
-    model = compiled(small_model, norm=norm, dtype=policy, check_finite=True)
+    of_resnet = {"norm": norm} if norm else {}
+    expected = compiled(small_model, **of_resnet).train_on_batch(images, truth, return_dict=True)
+    model = compiled(small_model, dtype=policy, check_finite=True, **of_resnet)
     assert {v.dtype for v in model.weights} == {"float32"}
-    assert model.class_subnet.tower[0].compute_dtype == model.backbone.get_layer("stem").compute_dtype == policy[6:]
+    first = next(layer for layer in model.backbone.layers if isinstance(layer, keras.layers.Conv2D))
+    assert model.class_subnet.tower[0].compute_dtype == first.compute_dtype == policy[6:]
     outputs = model(images)
     assert outputs["logits"].dtype == outputs["deltas"].dtype == tf.float32
     assert model.loss_terms(images, truth, outputs)[0].dtype == tf.float32
@@ -114,6 +117,7 @@ def test_a_float16_step_that_overflows_is_left_out_and_the_scale_halved(small_mo
     assert float(model.optimizer.dynamic_scale) == 2.0**99 and model.optimizer.iterations == 0
 
 
+@pytest.mark.eager
 def test_the_optimizer_of_a_configuration_takes_the_step(small_model):
     """One step of §4.1 after warm-up: rate x (gradient + 1e-4 x kernel), twice the gradient of biases."""
     settings = TrainConfig(learning_rate=0.02, batch_size=8, warmup=0)
@@ -175,6 +179,7 @@ def test_how_keras_runs_a_model_is_saved_with_it(small_model, tmp_path):
     assert again.run_eagerly and again.steps_per_execution == 3 and again.mining == mining
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("scaled", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_auto_scale_loss(small_model, tmp_path, scaled):
     model = compiled(small_model, dtype="mixed_float16", auto_scale_loss=scaled)
