@@ -82,7 +82,7 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
 
 
 @pytest.mark.parametrize(
-    "norm", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in ("group", "batch", "frozen"))]
+    "norm", [None, *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("group", "batch", "frozen"))]
 )
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
