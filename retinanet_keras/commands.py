@@ -15,6 +15,7 @@ from retinanet_keras.results import table
 from retinanet_keras.serving import card, detector, pictures
 from retinanet_keras.serving import onnx as onnx_file
 from retinanet_keras.serving.export import export_model, search_function
+from retinanet_keras.training import fingerprint
 from retinanet_keras.training import replay as replays
 from retinanet_keras.training.checkpoints import load_run, load_trained
 from retinanet_keras.training.folder import RunFolder
@@ -96,8 +97,8 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
 
 
 def _metrics(folder, data, step):
-    """{split: metrics} of what a run has been scored on at a step; the model card takes those of its weights."""
-    found = {}
+    """{split: metrics} of a run at a step, on the data it began with; the model card takes those of its weights."""
+    found, known = {}, fingerprint.recorded(folder)
     for split in filter(None, (data.test_split, data.val_split)):
         file = folder.evaluation(split) / "metrics.json"
         try:
@@ -107,7 +108,9 @@ def _metrics(folder, data, step):
         except (strict_json.JsonError, OSError) as error:
             logger.warning("%s cannot be read (%s), so the model card goes without it", file, error)
             continue
-        if isinstance(metrics, dict) and metrics.get("step") == step:
+        if not isinstance(metrics, dict) or metrics.get("step") != step:
+            continue
+        if metrics.get("dataset") == known.get(split, {}).get("annotations", ""):
             found[split] = metrics
     return found
 

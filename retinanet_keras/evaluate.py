@@ -64,13 +64,13 @@ def evaluate(config, workdir=None, split=None, overrides=(), weights=None, expor
                 'strategy.kind: "workers" train together; expected "auto", "default" or "mirrored" to evaluate'
             )
         strategy = strategies.make(settings.strategy if asked else StrategyConfig())
-        # The model first: what is wrong with it should not be heard of after the download of a dataset.
-        detector_of, categories, state, known = _detector(strategy, folder, settings, split, weights, export)
-        dataset = sources.open_split(settings.data, split)
-        evaluator.check_categories(dataset, categories)
-        inspection.check_files(dataset)
-        about = {"model": Path(given or workdir).name, "weights": str(given or workdir)}
-        with _alone(out):
+        with _alone(out):  # before the weights are read: a training may end in the meantime, and evaluate later ones
+            # The model first: what is wrong with it should not be heard of after the download of a dataset.
+            detector_of, categories, state, known = _detector(strategy, folder, settings, split, weights, export)
+            dataset = sources.open_split(settings.data, split)
+            evaluator.check_categories(dataset, categories)
+            inspection.check_files(dataset)
+            about = {"model": Path(given or workdir).name, "weights": str(given or workdir)}
             depends_on = evaluator.depends_on(dataset, settings, *state)
             unfinished, speed = Unfinished(out / "unfinished.jsonl", depends_on), {}
             signals.saved = lambda: (

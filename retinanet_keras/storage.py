@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import sys
@@ -30,6 +31,8 @@ logger = logging.getLogger("retinanet_keras")
 SUFFIXES = (".weights.h5", ".keras", ".npz", ".png", ".jpg", ".zip")  # by which those who write choose a format
 LOCK = ".lock"
 AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2  # of Linux's renameat2
+_numbers = itertools.count()
+_writing: set[str] = set()  # names of the unfinished files of this process
 NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # a system or a file system without it
 
 
@@ -38,24 +41,30 @@ class InUse(UserError):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, like=None):
     """Write a file that takes the place of another only when it is whole.
 
     Args:
         path: the file's place, there already or not, in a folder that exists.
+        like: a name by whose ending a writer is to choose the format; None: that of `path`.
 
     Yields:
         the path of a file beside it, to be written within the block. Where the block ends without an error the file is
         moved to `path` in one step; else it is removed.
+
+    Raises:
+        UserError: where the place is a folder.
     """
     path = Path(path)
-    partial = _beside(path)
-    try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is written there. Remove or rename it")
+    with _beside(path, like) as partial:
+        try:
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -86,12 +95,12 @@ def write(path, content):
 @contextlib.contextmanager
 def folder_beside(path):
     """An empty folder beside a path, to be renamed within the block, or removed at its end."""
-    partial = _beside(path)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _beside(path) as partial:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -206,6 +215,8 @@ def locked(folder, doing, *, name=LOCK, waiting=None):
         InUse: where another process holds it, and `waiting` is None.
     """
     path = Path(folder, name)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and the lock of {folder} is a file there. Remove or rename it")
     with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             if fcntl is None:
@@ -264,16 +275,22 @@ def clear_remains(path):
     path = Path(path)
     prefix = _prefix(path)
     for other in path.parent.glob(f"{prefix}*"):
-        number = other.name.removeprefix(prefix).split(".")[0]
-        if number.isdigit() and not _alive(int(number)):
+        process = re.match("[0-9]+", other.name.removeprefix(prefix))
+        if process and other.name not in _writing and not _alive(int(process[0])):
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
 
 
-def _beside(path):
-    """A path for the unfinished file of this process, in the same folder; those of dead processes are removed."""
+@contextlib.contextmanager
+def _beside(path, like=None):
+    """A path for an unfinished file of this process, in the same folder; those of dead processes are removed."""
     clear_remains(path)
-    ending = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
-    return path.with_name(f"{_prefix(path)}{os.getpid()}.partial{ending}")
+    ending = next((suffix for suffix in SUFFIXES if os.fspath(like or path).endswith(suffix)), "")
+    name = f"{_prefix(path)}{os.getpid()}-{next(_numbers)}.partial{ending}"
+    _writing.add(name)
+    try:
+        yield path.with_name(name)
+    finally:
+        _writing.discard(name)
 
 
 def _prefix(path):

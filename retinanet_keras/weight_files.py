@@ -40,9 +40,9 @@ def replacing(path):
     if not alone or target.is_dir() or not target.parent.is_dir():  # Keras's own error tells of the last two
         yield path
         return
-    with storage.replacing(target) as partial:
+    with storage.replacing(target, like=path) as partial:
         yield partial
-        if partial.name.endswith(".weights.h5"):
+        if path.endswith(".weights.h5"):
             _seal(partial)
 
 

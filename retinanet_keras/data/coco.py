@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras import strict_json
+from retinanet_keras import storage, strict_json
 from retinanet_keras.data import rules
 from retinanet_keras.errors import UserError
 from retinanet_keras.printable import printable
@@ -80,6 +80,7 @@ class CocoDataset:
     spans: np.ndarray | None = None  # int64 [N, 2], first byte and number of bytes in the file; None: whole files
     labelled: bool = True  # whether the JSON has annotations at all, be it none for these images
     max_pixels: int | None = None  # of an image that is decoded; None: any
+    measures: str = ""  # a digest of what scoring reads of the file and training does not: areas and crowds
 
     def __len__(self):
         return len(self.image_ids)
@@ -211,6 +212,7 @@ def examine(tree, annotation_file, image_dir):
         annotation_file=str(annotation_file),
         dropped=dropped,
         labelled="annotations" in tree,
+        measures=_measures(lists["annotations"]),
     )
     return findings, dataset
 
@@ -233,6 +235,11 @@ def unusable_files(dataset):
     missing, irregular = ([path for path, is_there in zip(left, there, strict=True) if is_there == wanted]
                           for wanted in (False, True))  # fmt: skip
     return missing, irregular
+
+
+def _measures(annotations):
+    rows = [row for row in annotations if isinstance(row, dict)]
+    return storage.digest([row.get("area") for row in rows], [row.get("iscrowd") for row in rows])
 
 
 def _offsets(counts):

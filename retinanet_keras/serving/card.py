@@ -45,6 +45,18 @@ def is_of(folder, card):
         return False
 
 
+def others(folder):
+    """The names of the files in a folder that are not of the export in it, such as an ONNX file beside it."""
+    folder = Path(folder)
+    try:
+        own = {*strict_json.read(folder / EXTRA / CARD)["checksums"]["files"]}
+    except (OSError, strict_json.JsonError, KeyError, TypeError):  # no export, or a damaged one
+        own = set()
+    own |= {str(EXTRA / name) for name in (CARD, PAGE, SUMS)}
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [name for name in names if name not in own]
+
+
 def max_pixels(folder):
     """The most pixels of an image that an export takes; None where its card does not say."""
     try:

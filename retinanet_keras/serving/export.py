@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import os
 import re
+import shutil
 import types
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
         config: a Config, for the size images are resized to, and `serving`.
         folder: the base path for TF Serving.
         version: its subfolder. What is there is replaced in one step, unless it is whole and what would be written;
-            None: the next number, and nothing is ever replaced.
+            files in it that no export wrote are kept. None: the next number, and nothing is ever replaced.
         precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
         metrics: {split: metrics}, for the card, which shows those of these weights and settings; None: not measured.
         run: whether `config` is also that of the training, which the card then shows.
@@ -71,10 +73,15 @@ def _version(folder, version):
         with storage.new_folder(lambda: folder / str(max(_numbers(folder), default=0) + 1)) as place:
             yield place
         return
-    with storage.replacing_folder(folder / str(version)) as partial:
+    there = folder / str(version)
+    with storage.replacing_folder(there) as partial:
         place = types.SimpleNamespace(path=partial)
         yield place
-    place.path = folder / str(version)
+        for name in card.others(there):
+            if not os.path.lexists(partial / name):
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(there / name, partial / name, follow_symlinks=False)
+    place.path = there
 
 
 def signatures(model, config, precision=None):

@@ -22,7 +22,7 @@ def fingerprint(dataset):
     official annotations, which may take the place of them.
 
     Returns:
-        {"annotations": categories, images and boxes; "sizes": bytes of each image file; "times": when each was
+        {"annotations": `of_annotations`; "sizes": bytes of each image file; "times": when each was
         changed}, JSON-able.
     """
     files = list(dict.fromkeys(dataset.files))
@@ -30,15 +30,20 @@ def fingerprint(dataset):
         parts = pool.map(_sizes_and_times, (files[i::THREADS] for i in range(THREADS)))
         known = {file: row for part in parts for file, row in part.items()}
     rows = np.array([known[file] for file in files], np.int64).reshape(-1, 2)
-    contents = (dataset.offsets, dataset.boxes, dataset.labels) if dataset.spans is None else (dataset.spans,)
-    names = [os.path.basename(file) for file in dataset.files]
     return {
-        "annotations": storage.digest(
-            dataset.categories.to_list(), names, dataset.image_ids, dataset.sizes, *contents
-        ),
+        "annotations": of_annotations(dataset),
         "sizes": storage.digest(rows[:, 0]),
         "times": storage.digest(rows[:, 1]),
-    }  # fmt: skip
+    }
+
+
+def of_annotations(dataset):
+    """A digest of the categories, images and annotations of a CocoDataset."""
+    contents = (dataset.offsets, dataset.boxes, dataset.labels) if dataset.spans is None else (dataset.spans,)
+    names = [os.path.basename(file) for file in dataset.files]
+    return storage.digest(
+        dataset.categories.to_list(), names, dataset.image_ids, dataset.sizes, *contents, dataset.measures
+    )
 
 
 def _sizes_and_times(files):
@@ -54,24 +59,25 @@ def _sizes_and_times(files):
     return rows
 
 
-def check(folder, data):
+def check(folder, data, mixed):
     """Compare the datasets of a run with those that it began with, and write data.json.
 
     Args:
         folder: a RunFolder, prepared.
-        data: {split: its `fingerprint`} of what is trained and validated on.
+        data: {split: its `fingerprint`}.
+        mixed: the splits of which there are results already: what is trained and validated on.
 
     Raises:
         RunError: where a run that has begun would go on with other data.
     """
-    old = _read(folder) if folder.started() else {}
-    mixed, harmless = _changes(old, data)
-    if mixed and old.get(UNUSABLE) and all(_same(old, data, split, "annotations") for split in data):
-        mixed, harmless = [], mixed + harmless  # the last start ended by asking for other files
-    if mixed:
+    old = recorded(folder) if folder.started() else {}
+    changed, harmless = _changes(old, {split: data[split] for split in mixed})
+    if changed and old.get(UNUSABLE) and all(_same(old, data, split, "annotations") for split in mixed):
+        changed, harmless = [], changed + harmless  # the last start ended by asking for other files
+    if changed:
         raise RunError(
-            f"{folder.path}: {'; '.join(mixed)}. Going on would mix the two. Put the dataset back as it was, or train "
-            "into another folder with --workdir"
+            f"{folder.path}: {'; '.join(changed)}. Going on would mix the two. Put the dataset back as it was, or "
+            "train into another folder with --workdir"
         )
     if harmless:
         logger.warning("%s: %s; training goes on with them", folder.path, "; ".join(harmless))
@@ -79,9 +85,26 @@ def check(folder, data):
         storage.write(folder.data_file, json.dumps(data, indent=1) + "\n")
 
 
+def recorded(folder):
+    """The record of a run's data, empty where there is none; a damaged one is set aside."""
+    if not folder.data_file.exists():
+        return {}
+    try:
+        tree = strict_json.read(folder.data_file)
+    except strict_json.JsonError:
+        tree = None
+    if isinstance(tree, dict) and all(isinstance(value, dict) for key, value in tree.items() if key != UNUSABLE):
+        return tree
+    logger.warning(
+        "%s is damaged: whether the dataset has changed since the run began is not known. It is kept as %s",
+        folder.data_file, storage.set_aside(folder.data_file),
+    )  # fmt: skip
+    return {}
+
+
 def allow_other_files(folder):
     """Note that a run ended by asking for image files to be repaired: at the next start they may have other sizes."""
-    if data := _read(folder):
+    if data := recorded(folder):
         storage.write(folder.data_file, json.dumps({**data, UNUSABLE: True}, indent=1) + "\n")
 
 
@@ -100,20 +123,3 @@ def _changes(old, new):
 
 def _same(old, new, split, key):
     return old.get(split, new[split]).get(key) == new[split][key]
-
-
-def _read(folder):
-    """The record of a run's data, empty where there is none; a damaged one is set aside."""
-    if not folder.data_file.exists():
-        return {}
-    try:
-        tree = strict_json.read(folder.data_file)
-    except strict_json.JsonError:
-        tree = None
-    if isinstance(tree, dict) and all(isinstance(value, dict) for key, value in tree.items() if key != UNUSABLE):
-        return tree
-    logger.warning(
-        "%s is damaged: whether the dataset has changed since the run began is not known. It is kept as %s",
-        folder.data_file, storage.set_aside(folder.data_file),
-    )  # fmt: skip
-    return {}

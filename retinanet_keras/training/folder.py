@@ -59,7 +59,7 @@ class RunFolder:
             RunError: where it cannot be written, or a file is where a folder has to be, or the reverse.
         """
         files = (self.config_file, self.categories_file, self.data_file, self.log_file, self.curves_file)
-        files += (self.best_weights, self.best_file)
+        files += (self.best_weights, self.best_file, self.checkpoints / "checkpoint", self.path / storage.LOCK)
         for path in (self.path, self.checkpoints, self.tensorboard, self.path / "eval", self.export, self.failed):
             check_folder(path)
         for path in files:

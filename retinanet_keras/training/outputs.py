@@ -11,6 +11,7 @@ from retinanet_keras import storage
 from retinanet_keras.data import sources
 from retinanet_keras.results import draw, evaluation, report
 from retinanet_keras.results.records import Records
+from retinanet_keras.training import fingerprint
 from retinanet_keras.training.folder import RunError, check_folder
 
 SHOWN_SCORE = 0.3  # detections drawn
@@ -23,7 +24,7 @@ def check(folder):
         folder: its path, of `RunFolder.evaluation`.
     """
     check_folder(folder / "pictures")
-    for name in ("results.json", "metrics.json", "report.html"):
+    for name in ("results.json", "metrics.json", "report.html", "unfinished.jsonl", "pictures/grid.png", storage.LOCK):
         if (folder / name).is_dir():
             raise RunError(f"{folder / name} is a folder, and an evaluation writes a file there. Remove or rename it")
     there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -55,7 +56,8 @@ def write(folder, records, dataset, config, split, about, speed=None, identity=N
         split: its name, for the report and the submission.
         about: {"model": its name, ...: further text for the report}.
         speed: as of `evaluator.milliseconds`.
-        identity: dict, JSON-able. Added to the metrics: their "step", "weights" and "settings".
+        identity: dict, JSON-able. Added to the metrics: their "step", "weights" and "settings"; "dataset", a digest of
+            the annotations, always is.
 
     Returns:
         the metrics; None where the dataset has no labels.
@@ -69,6 +71,7 @@ def write(folder, records, dataset, config, split, about, speed=None, identity=N
         metrics = None
         if dataset.labelled:
             metrics = score(records, dataset, config) | (identity or {})
+            metrics["dataset"] = fingerprint.of_annotations(dataset)
             about = {**about, "annotations": dataset.annotation_file}
             write_scored(folder, metrics, records, dataset, config, split, about, speed)
         else:

@@ -50,9 +50,7 @@ def train(config, workdir):
             if chief:
                 folder.prepare()
                 held.enter_context(storage.locked(folder.path, "training"))
-                data = {config.data.train_split: train_set, config.data.val_split: val_set}
-                data = {split: fingerprint.fingerprint(one) for split, one in data.items()}
-                folder.start(config, train_set.categories, lambda: fingerprint.check(folder, data))
+                _start(folder, config, train_set, val_set, test_set)
                 _say_plan(config, workdir, train_set, strategy)
 
         keras.utils.set_random_seed(config.train.seed)
@@ -75,6 +73,14 @@ def train(config, workdir):
         metrics = _finish(model, config, folder, test_set, began) if chief else None
         strategies.wait(strategy)
         return metrics
+
+
+def _start(folder, config, train_set, val_set, test_set):
+    """Write what a run is of, or check that it is the one in the folder."""
+    data, mixed = config.data, (config.data.train_split, config.data.val_split)
+    sets = {data.train_split: train_set, data.val_split: val_set, data.test_split or data.val_split: test_set}
+    known = {split: fingerprint.fingerprint(one) for split, one in sets.items()}
+    folder.start(config, train_set.categories, lambda: fingerprint.check(folder, known, mixed))
 
 
 def _open_splits(config):
