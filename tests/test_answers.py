@@ -7,6 +7,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import tracemalloc
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,27 +206,71 @@ def test_answers_that_are_none_are_told_in_a_sentence(rest):
         assert rest.address in str(told.value)
 
 
-def test_messages_that_are_none_are_told_in_a_sentence():
-    """Of gRPC: shapes of a few bytes that name gigabytes among them."""
-    replies = [tensors()]
-    handler = grpc.unary_unary_rpc_method_handler(lambda *_: replies[0])
+@pytest.fixture
+def replies():
+    """What a server of gRPC at `replies.address` sends: its first item, bytes."""
+    replies = types.SimpleNamespace(first=b"")
+    handler = grpc.unary_unary_rpc_method_handler(lambda *_: replies.first)
     server = grpc.server(ThreadPoolExecutor(2))
     service = {"Predict": handler}
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", service)]
     )
-    address = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    replies.address = f"grpc://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    with connect(address, "shapes", timeout=20) as ask:
+    yield replies
+    server.stop(None).wait()
+
+
+def test_messages_that_are_none_are_told_in_a_sentence(replies):
+    """Of gRPC: shapes of a few bytes that name gigabytes among them."""
+    replies.first = tensors()
+    with connect(replies.address, "shapes", timeout=20) as ask:
         found = ask("serving_bytes", IMAGES)
         assert found["names"].tolist() == good()["names"] and found["category_ids"][0, 0] == 2**40 + 1
         for what, reply in bad_messages().items():
-            replies[:] = [reply]
+            replies.first = reply
             with pytest.raises(ServerError) as told:
                 ask("serving_bytes", IMAGES)
                 pytest.fail(f"accepted: {what}")
-            assert len(str(told.value)) < 900 and address in str(told.value), what
-    server.stop(None).wait()
+            assert len(str(told.value)) < 900 and replies.address in str(told.value), what
+
+
+def wide(detections, text=b"x"):
+    """An answer for two images of so many detections, each output with one value that stands for all."""
+    return tensors(
+        boxes=tensor(2, detections, 4, float_val=[1]),
+        scores=tensor(2, detections, float_val=[1]),
+        labels=tensor(2, detections, dtype=3, int_val=[1]),
+        category_ids=tensor(2, detections, dtype=9, int64_val=[1]),
+        names=tensor(2, detections, dtype=messages.STRING, string_val=[text]),
+    )
+
+
+def test_messages_of_few_bytes_take_little_memory(replies):
+    many = messages.PredictResponse()
+    for i in range(64):
+        many.outputs.add(key=f"k{i}", value=tensor(2**24, dtype=9, int64_val=[1]))
+    hungry = {
+        "no output boxes, ": many.SerializeToString(),
+        "4,000,000 detections an image": wide(4_000_000),
+        "names of more than 64 MB": wide(1000, b"x" * 2**20),
+        "with 1000000 values": tensors(scores=tensor(2, D, float_val=[0.5] * 10**6)),
+    }
+    with connect(replies.address, "shapes", timeout=20) as ask:
+        for words, reply in hungry.items():
+            replies.first = reply
+            tracemalloc.start()
+            with pytest.raises(ServerError, match=words):
+                ask("serving_bytes", IMAGES)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 2**20 + 3 * len(reply), (words, peak)
+        replies.first = tensors() + many.SerializeToString()  # what is not asked for is not looked at
+        tracemalloc.start()
+        assert ask("serving_bytes", IMAGES)["scores"].tolist() == good()["scores"]
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
 
 
 def test_an_answer_that_does_not_end_is_not_read_to_its_end(rest, monkeypatch):

@@ -62,9 +62,8 @@ def connect(server, model, *, version=None, timeout=60.0):
         def checked(signature, inputs):
             (sent,) = inputs.values()
             size = None if isinstance(sent, list) else sent.shape[1:3]
-            outputs = ask(signature, inputs)
             try:
-                return answers.checked(outputs, len(sent), size)
+                return answers.checked(ask(signature, inputs), len(sent), size)
             except answers.BadAnswer as problem:
                 raise ServerError(
                     f"The answer of {server} is not one of a RetinaNet exported by this package: {problem}. Is it the "
@@ -112,8 +111,12 @@ def _grpc(target, model, version, timeout, error):
                 response = predict(messages.request(model, version, signature, inputs), timeout=timeout)
             except grpc.RpcError as failure:
                 raise error(failure.code().name, failure.details() or "") from None
+            tensors = {output.key: output.value for output in response.outputs}
+            shapes = {name: tuple(d.size for d in tensor.tensor_shape.dim[:9]) for name, tensor in tensors.items()}
+            (sent,) = inputs.values()
+            answers.check_shapes(shapes, len(sent))  # first: a few bytes can stand for values of any shape
             try:
-                return {o.key: messages.to_array(o.value, answers.MOST_VALUES) for o in response.outputs}
+                return {name: messages.to_array(tensors[name], answers.MOST_VALUES) for name in answers.OUTPUTS}
             except ValueError as problem:
                 raise error("OUTPUTS", str(problem)) from None
 
