@@ -1,9 +1,11 @@
 """Answers that are none: each ends in one sentence, takes little memory, and costs nothing that was answered before."""
 
 import contextlib
+import io
 import json
 import os
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from PIL import Image
 
 from retinanet_keras.errors import UserError
 from retinanet_keras.printable import printable
-from retinanet_keras.serving import answers, client, messages
+from retinanet_keras.serving import answers, client, conversation, messages
 from retinanet_keras.serving.conversation import ServerError, connect
 
 pytestmark = pytest.mark.check
@@ -411,6 +413,46 @@ def test_labels_and_detections_of_any_number_are_drawn_at_once(rest, images, tmp
     assert client.run([images / "0.png"], tmp_path / "out", rest.address, "shapes", min_score=0.9) == 0
     assert client.run([images / "0.png"], tmp_path / "out", rest.address, "shapes", min_score=0.1) == 0
     assert len(read(tmp_path / "out")[0]["detections"]) == 20_000 and (tmp_path / "out/0.png.png").exists()
+
+
+@pytest.mark.parametrize("signature", ["bytes", "images"])
+def test_damaged_images_of_other_formats_and_giants_cost_no_other_image(rest, images, tmp_path, capsys, signature):
+    """Pillow has readers for these that fail with errors of their own."""
+    pixel_format = struct.pack("<2I4s5I", 32, 4, b"none", *[0] * 5)
+    dds = b"DDS " + struct.pack("<7I44x", 124, 0x1007, 30, 40, 0, 0, 0) + pixel_format + bytes(20)
+    avif, giant = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (40, 30)).save(avif, "AVIF")
+    Image.new("RGB", (8, 8)).save(giant, "BMP")
+    giant.seek(18)
+    giant.write(struct.pack("<ii", 9400, 9400))
+    for i, data in enumerate((dds, avif.getvalue()[:-9] + bytes(9), giant.getvalue())):
+        (images / f"{i}.png").write_bytes(data)
+    rest.replies[:] = [answer()]
+    status = client.run([images], tmp_path / "out", rest.address, "shapes", signature=signature)
+    told, failed = capsys.readouterr().err, [record["image"] for record in read(tmp_path / "out") if "error" in record]
+    assert told.count("cannot be read as an image") == 2
+    assert "2.png has 88,360,000 pixels by its header, more than the 64,000,000 that exports take" in told
+    assert (status, failed) == ((1, ["0.png", "1.png", "2.png"]) if signature == "images" else (0, []))
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"3.png.png", "4.png.png"}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3), (1, 2, 9000, 3), (0, 4, 4, 3)])
+def test_the_json_of_pixels_is_that_of_their_nested_lists_in_pieces(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, "uint8")
+    pieces = list(conversation._to_json(pixels))
+    assert json.loads(b"".join(pieces)) == pixels.tolist() and max(map(len, pieces)) < 70_000
+
+
+def test_a_request_takes_little_more_memory_than_its_json(rest):
+    rest.replies[:] = [answer()]
+    pixels = np.full((1, 200, 300, 3), 200, "uint8")
+    with connect(rest.address, "shapes") as ask:
+        tracemalloc.start()
+        ask("serving_default", {"images": pixels})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 4 * len("200,") * pixels.size  # once of these is the server's, which is in this process
 
 
 def test_output_paths_that_cannot_be_are_told_before_anything_is_sent(images, tmp_path):

@@ -22,6 +22,7 @@ CODES = {
     429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
 SHOWN = 300  # characters of a server's words
+PIECE = 4096  # pixels of a row that are made JSON at once
 
 
 class ServerError(UserError):
@@ -138,7 +139,9 @@ def _rest(target, model, version, timeout, error):
         return response.status, answer
 
     def ask(signature, inputs):
-        body = json.dumps({"signature_name": signature, "inputs": {k: _to_json(v) for k, v in inputs.items()}})
+        ((name, value),) = inputs.items()
+        head = f'{{"signature_name": {json.dumps(signature)}, "inputs": {{{json.dumps(name)}: '
+        body = b"".join([head.encode(), *_to_json(value), b"}}"])
         kept = connection.sock is not None
         try:
             try:
@@ -170,10 +173,23 @@ def _rest(target, model, version, timeout, error):
 
 
 def _to_json(value):
-    """Strings are bytes here, so all go as base64; arrays are nested lists."""
+    """The JSON of an input in pieces: strings are bytes here, so all go as base64; arrays [.., N, C] are nested lists.
+
+    Python's lists of numbers take ten times the memory of their JSON, so there is one at a time, of PIECE rows.
+    """
     if isinstance(value, list):
-        return [{"b64": base64.b64encode(item).decode()} for item in value]
-    return value.tolist()
+        yield json.dumps([{"b64": base64.b64encode(item).decode()} for item in value]).encode()
+        return
+    yield b"["
+    step = PIECE if value.ndim == 2 else 1
+    for i in range(0, len(value), step):
+        if i:
+            yield b","
+        if value.ndim > 2:
+            yield from _to_json(value[i])
+        else:
+            yield json.dumps(value[i : i + step].tolist(), separators=(",", ":"))[1:-1].encode()
+    yield b"]"
 
 
 def _error(code, detail, server, model, version, timeout):
