@@ -21,13 +21,13 @@ class BadAnswer(ValueError):
     """An answer that is not one of a RetinaNet; the message says what is wrong, as part of a sentence."""
 
 
-def checked(outputs, images, size=None):
+def checked(outputs, images, size=(np.inf, np.inf)):
     """The outputs of `export.signatures` in their types.
 
     Args:
         outputs: {name: NumPy array, or what JSON has for it}.
         images: int. Images that were sent.
-        size: (height, width) of all of them, where it is known.
+        size: (height, width) of all of them, or of each, [B, 2]; infinite where it is not known.
 
     Returns:
         {name: array}; names are str.
@@ -45,7 +45,8 @@ def checked(outputs, images, size=None):
     if not ((0 <= count) & (count <= detections)).all():
         raise BadAnswer(f"num_detections of {_worst(count, detections)}, expected 0 to {detections}")
     used = np.arange(detections) < count[:, None]  # [B, D]
-    _check_used({name: found[name][used] for name in ("boxes", "scores", "labels")}, size)
+    sizes = np.broadcast_to(np.reshape(np.asarray(size, np.float32), (-1, 2)), (images, 2))
+    _check_used({name: found[name][used] for name in ("boxes", "scores", "labels")}, np.repeat(sizes, count, axis=0))
     return found
 
 
@@ -77,17 +78,19 @@ def _check_names(outputs):
         raise BadAnswer(f"no output {', '.join(missing)}, but {others or 'none at all'}")
 
 
-def _check_used(found, size):
-    """Of the rows that count, of all images: boxes [N, 4], scores [N], labels [N]."""
+def _check_used(found, sizes):
+    """Of the rows that count, of all images: boxes [N, 4], scores [N], labels [N], and their images' sizes [N, 2]."""
     boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
     if not np.isfinite(boxes).all():
         raise BadAnswer("boxes that are not finite")
     if (boxes[:, 2:] < boxes[:, :2]).any():
         raise BadAnswer("boxes whose right or lower side is before the other")
-    if size is not None and len(boxes):
-        high = np.tile(np.asarray(size[::-1], np.float32) + ROUNDING, 2)
-        if ((boxes < -ROUNDING) | (boxes > high)).any():
-            raise BadAnswer(f"boxes outside of the image, which has {size[1]}x{size[0]} pixels")
+    high = np.tile(sizes[:, ::-1], 2) + ROUNDING  # [N, 4]
+    outside = ((boxes < -ROUNDING) | (boxes > high)).any(axis=1)
+    if outside.any():
+        height, width = sizes[outside][0]
+        told = f", which has {width:.0f}x{height:.0f} pixels" if np.isfinite(width) else ""
+        raise BadAnswer(f"boxes outside of the image{told}")
     if not ((scores >= 0) & (scores <= 1)).all():  # NaN is in no range
         raise BadAnswer("scores that are not from 0 to 1")
     if (labels < 0).any():

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from retinanet_keras import strict_json
 from retinanet_keras.errors import UserError
 from retinanet_keras.printable import printable
-from retinanet_keras.serving import answers
+from retinanet_keras.serving import answers, pictures
 
 METHOD = "/tensorflow.serving.PredictionService/Predict"
 # The gRPC code behind an HTTP status, where TF Serving's REST interface has one for it.
@@ -45,7 +45,7 @@ def connect(server, model, *, version=None, timeout=60.0):
 
     Yields:
         a function from (signature, {input: list of bytes, or array}) to the dict of `export.signatures`, as NumPy
-        arrays; names are str.
+        arrays; names are str. Boxes are within their images, as far as the headers of those that are bytes tell.
 
     Raises:
         UserError: where `server` is no address. The function raises Refused and ServerError.
@@ -62,9 +62,9 @@ def connect(server, model, *, version=None, timeout=60.0):
 
         def checked(signature, inputs):
             (sent,) = inputs.values()
-            size = None if isinstance(sent, list) else sent.shape[1:3]
+            sizes = [pictures.size_of(item) for item in sent] if isinstance(sent, list) else sent.shape[1:3]
             try:
-                return answers.checked(ask(signature, inputs), len(sent), size)
+                return answers.checked(ask(signature, inputs), len(sent), sizes)
             except answers.BadAnswer as problem:
                 raise ServerError(
                     f"The answer of {server} is not one of a RetinaNet exported by this package: {problem}. Is it the "
@@ -75,12 +75,14 @@ def connect(server, model, *, version=None, timeout=60.0):
 
 
 def _address(server):
-    """(_grpc or _rest, "host:port"). A message never shows what may be a password or a key."""
+    """(_grpc or _rest, "host:port"). What is no address is not shown: a password or a key may be anywhere in it."""
     match = re.fullmatch(r"(grpc|http)://((?:[\w.-]+|\[[\w:.%]+\]):([0-9]{1,5}))/?", server, re.IGNORECASE)
     if not match or not 0 < int(match[3]) < 2**16:
-        shown = re.sub(r"[?#].*", "?...", re.sub(r"(://|^)[^/]*@", r"\1...@", server), flags=re.DOTALL)
+        scheme = re.match("(grpcs?|https?)://", server, re.IGNORECASE)
+        got = f"{scheme[0]}..." if scheme else "something else"
         raise UserError(
-            f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {shown}. Passwords and paths cannot be sent"
+            f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {got} (not shown: it may hold a password). "
+            "Give a host and a port alone, passwords and paths cannot be sent"
         )
     return (_grpc if match[1].lower() == "grpc" else _rest), match[2]
 
@@ -154,9 +156,12 @@ def _rest(target, model, version, timeout, error):
         except TimeoutError:
             connection.close()  # the answer may still come, and is not the next request's
             raise error("DEADLINE_EXCEEDED", "") from None
-        except (OSError, http.client.HTTPException, UnicodeError) as failure:  # of a host's name
+        except (OSError, http.client.BadStatusLine, UnicodeError) as failure:  # the last is of a host's name
             connection.close()
             raise error("UNAVAILABLE", str(failure) or type(failure).__name__) from None
+        except http.client.HTTPException as failure:  # the answer begins as HTTP does
+            connection.close()
+            raise error("OUTPUTS", str(failure) or type(failure).__name__) from None
         try:
             tree = strict_json.parse(answer, strict=False)
             if status == 200:
