@@ -68,7 +68,7 @@ def check_shapes(shapes, images):
         if shapes[name] != shape:
             expected = ", ".join(map(str, shape))
             raise BadAnswer(f"{name} of shape {list(shapes[name][:10])}, expected [{expected}] for {images} images")
-    if not 0 <= detections <= MOST_DETECTIONS:
+    if not 0 <= shapes["scores"][1] <= MOST_DETECTIONS:
         raise BadAnswer(f"{detections:,} detections an image, expected at most {MOST_DETECTIONS:,}")
 
 
