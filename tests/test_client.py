@@ -230,13 +230,13 @@ def test_requests_and_answers_above_grpcs_default_limit(tiny_export, double, mon
 
     def many(*args):
         outputs = predict(*args)
-        rows = {name: np.repeat(value, 4000, axis=1) for name, value in outputs.items() if value.ndim > 1}
-        return {**outputs, **rows}  # boxes of 6.4 MB
+        rows = {name: np.repeat(value, 1000, axis=1) for name, value in outputs.items() if value.ndim > 1}
+        return {**outputs, **rows}  # boxes of 4.8 MB
 
     monkeypatch.setattr(double.servable, "predict", many)
     with connect(double.grpc, "shapes") as ask:
-        found = ask("serving_bytes", {"image_bytes": [png(picture(SIZES[0]))]})
-    assert found["boxes"].shape == (1, 400_000, 4)
+        found = ask("serving_bytes", {"image_bytes": [png(picture(SIZES[0]))] * 3})
+    assert found["boxes"].shape == (3, 100_000, 4)
 
 
 def test_another_model_is_told_apart(double, server, monkeypatch):

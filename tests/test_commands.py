@@ -22,6 +22,7 @@ from retinanet_keras.errors import UserError
 from retinanet_keras.evaluate import evaluate
 from retinanet_keras.results.evaluation import METRICS
 from retinanet_keras.serving import card
+from retinanet_keras.serving.export import CATEGORIES_FILE
 from retinanet_keras.training import run
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
@@ -288,6 +289,32 @@ def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys,
     said = capsys.readouterr()
     assert "large.png has 1,681 pixels" in said.err and "frames.gif has 1,800 pixels by" in said.err
     assert decoded == [sizes["small.png"]] and "1 pictures in" in said.out
+
+
+def test_an_export_that_was_cut_off_is_told(tiny_export, tmp_path):
+    export = shutil.copytree(tiny_export, tmp_path / "served")
+    image = tmp_path / "image.png"
+    big_png(image, 30)
+    (shard,) = export.rglob("variables.data-*")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"1 is no SavedModel of a RetinaNet exported here \(.*Export one with"):
+        commands.detect(export, [image], tmp_path / "out", 0.3)
+
+
+@pytest.mark.parametrize("card_is_there", [True, False])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_an_export_whose_categories_are_not_its_models_is_told(tiny_export, tmp_path, count, card_is_there):
+    served = shutil.copytree(tiny_export, tmp_path / "served")
+    if not card_is_there:
+        (served / "1" / card.EXTRA / card.CARD).unlink()
+    categories = [{"label": i, "id": i, "name": str(i)} for i in range(count)]
+    (served / "1" / CATEGORIES_FILE).write_text(json.dumps(categories))
+    big_png(tmp_path / "image.png", 30)
+    if count == 4 and not card_is_there:  # nothing tells, and no label is without a name
+        assert commands.detect(served, [tmp_path / "image.png"], tmp_path / "out", 0.0) == 0
+        return
+    with pytest.raises(DataError, match=f"categories.json has {count} categories, expected "):
+        commands.detect(served, [tmp_path / "image.png"], tmp_path / "out", 0.0)
 
 
 def test_detect_takes_file_names_of_every_kind(tiny_export, tmp_path, capsys):

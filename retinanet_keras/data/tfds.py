@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from retinanet_keras import storage
 from retinanet_keras.data import coco, splits
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.coco import IMAGE_FORMATS, DataError
 from retinanet_keras.errors import first_line
 
 logger = logging.getLogger("retinanet_keras")
@@ -206,7 +206,7 @@ def _go_through(builder, parts, derived):
                     image_id = int(example["image/id"]) if own_ids else len(images) + 1
                     file_name = example.get("image/filename", b"").decode("utf-8", "backslashreplace") or str(image_id)
                     try:
-                        with Image.open(io.BytesIO(encoded)) as image:  # reads the header
+                        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:  # reads the header
                             width, height = image.size
                     except (OSError, Image.DecompressionBombError) as error:
                         raise DataError(

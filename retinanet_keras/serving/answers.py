@@ -9,6 +9,7 @@ from retinanet_keras.printable import printable
 
 MOST_BYTES = 2**26  # of an answer: those to 400 images with 1,000 detections each, as JSON
 MOST_VALUES = 2**24  # of one output
+MOST_DETECTIONS = 10**5  # in an image, as many as `detection.max_detections` may ask for
 OUTPUTS = {
     "boxes": "float32", "scores": "float32", "labels": "int32", "category_ids": "int64", "names": "str",
     "num_detections": "int32",
@@ -20,13 +21,13 @@ class BadAnswer(ValueError):
     """An answer that is not one of a RetinaNet; the message says what is wrong, as part of a sentence."""
 
 
-def checked(outputs, images, size=None):
+def checked(outputs, images, size=(np.inf, np.inf)):
     """The outputs of `export.signatures` in their types.
 
     Args:
         outputs: {name: NumPy array, or what JSON has for it}.
         images: int. Images that were sent.
-        size: (height, width) of all of them, where it is known.
+        size: (height, width) of all of them, or of each, [B, 2]; infinite where it is not known.
 
     Returns:
         {name: array}; names are str.
@@ -37,35 +38,59 @@ def checked(outputs, images, size=None):
     """
     if not isinstance(outputs, dict):
         raise BadAnswer(f"expected outputs by name, got {_kind(outputs)}")
-    if missing := sorted(set(OUTPUTS) - set(outputs)):
-        others = ", ".join(sorted(printable(name)[:40] for name in outputs)[:10])
-        raise BadAnswer(f"no output {', '.join(missing)}, but {others or 'none at all'}")
+    _check_names(outputs)
     found = {name: _array(name, outputs[name], kind) for name, kind in OUTPUTS.items()}
-    detections = found["scores"].shape[1] if found["scores"].ndim == 2 else "D"
-    for name, array in found.items():
-        shape = (images,) + {"boxes": (detections, 4), "num_detections": ()}.get(name, (detections,))
-        if array.shape != shape:
-            expected = ", ".join(map(str, shape))
-            raise BadAnswer(f"{name} of shape {list(array.shape)}, expected [{expected}] for {images} images")
-    count = found["num_detections"]
+    check_shapes({name: array.shape for name, array in found.items()}, images)
+    count, detections = found["num_detections"], found["scores"].shape[1]
     if not ((0 <= count) & (count <= detections)).all():
         raise BadAnswer(f"num_detections of {_worst(count, detections)}, expected 0 to {detections}")
     used = np.arange(detections) < count[:, None]  # [B, D]
-    _check_used({name: found[name][used] for name in ("boxes", "scores", "labels")}, size)
+    sizes = np.broadcast_to(np.reshape(np.asarray(size, np.float32), (-1, 2)), (images, 2))
+    _check_used({name: found[name][used] for name in ("boxes", "scores", "labels")}, np.repeat(sizes, count, axis=0))
     return found
 
 
-def _check_used(found, size):
-    """Of the rows that count, of all images: boxes [N, 4], scores [N], labels [N]."""
+def check_shapes(shapes, images):
+    """Check what an answer says of itself before its values are looked at.
+
+    Args:
+        shapes: {output: tuple of int}; others than OUTPUTS are ignored.
+        images: int. Images that were sent.
+
+    Raises:
+        BadAnswer: where an output is missing, or the shapes are not [B, D, 4] and [B, D] of the same D, at most
+            MOST_DETECTIONS, and [B].
+    """
+    _check_names(shapes)
+    detections = shapes["scores"][1] if len(shapes["scores"]) == 2 else "D"
+    for name in OUTPUTS:
+        shape = (images,) + {"boxes": (detections, 4), "num_detections": ()}.get(name, (detections,))
+        if shapes[name] != shape:
+            expected = ", ".join(map(str, shape))
+            raise BadAnswer(f"{name} of shape {list(shapes[name][:10])}, expected [{expected}] for {images} images")
+    if not 0 <= shapes["scores"][1] <= MOST_DETECTIONS:
+        raise BadAnswer(f"{detections:,} detections an image, expected at most {MOST_DETECTIONS:,}")
+
+
+def _check_names(outputs):
+    if missing := sorted(set(OUTPUTS) - set(outputs)):
+        others = ", ".join(sorted(printable(name)[:40] for name in outputs)[:10])
+        raise BadAnswer(f"no output {', '.join(missing)}, but {others or 'none at all'}")
+
+
+def _check_used(found, sizes):
+    """Of the rows that count, of all images: boxes [N, 4], scores [N], labels [N], and their images' sizes [N, 2]."""
     boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
     if not np.isfinite(boxes).all():
         raise BadAnswer("boxes that are not finite")
     if (boxes[:, 2:] < boxes[:, :2]).any():
         raise BadAnswer("boxes whose right or lower side is before the other")
-    if size is not None and len(boxes):
-        high = np.tile(np.asarray(size[::-1], np.float32) + ROUNDING, 2)
-        if ((boxes < -ROUNDING) | (boxes > high)).any():
-            raise BadAnswer(f"boxes outside of the image, which has {size[1]}x{size[0]} pixels")
+    high = np.tile(sizes[:, ::-1], 2) + ROUNDING  # [N, 4]
+    outside = ((boxes < -ROUNDING) | (boxes > high)).any(axis=1)
+    if outside.any():
+        height, width = sizes[outside][0]
+        told = f", which has {width:.0f}x{height:.0f} pixels" if np.isfinite(width) else ""
+        raise BadAnswer(f"boxes outside of the image{told}")
     if not ((scores >= 0) & (scores <= 1)).all():  # NaN is in no range
         raise BadAnswer("scores that are not from 0 to 1")
     if (labels < 0).any():
@@ -102,6 +127,8 @@ def _array(name, value, kind):
 def _texts(name, array):
     if array.dtype != object or {type(item) for item in array.ravel()} - {str, bytes}:
         raise BadAnswer(f"{name} that are not texts")
+    if sum(map(len, array.ravel())) > MOST_BYTES:  # a tensor repeats its last value without sending it again
+        raise BadAnswer(f"{name} of more than {MOST_BYTES >> 20} MB")
     texts = [item.decode(errors="replace") if isinstance(item, bytes) else item for item in array.ravel()]
     return np.array([*texts, None], object)[:-1].reshape(array.shape)  # the None keeps NumPy from making fixed widths
 

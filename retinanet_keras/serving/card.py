@@ -1,5 +1,6 @@
 """The model card of an export: what it is, what goes in and comes out, how good it is, and sums to check it by."""
 
+import functools
 import hashlib
 import html
 import json
@@ -59,8 +60,17 @@ def others(folder):
 
 def max_pixels(folder):
     """The most pixels of an image that an export takes; None where its card does not say."""
+    return _count(folder, "inputs", "serving_bytes", "max_pixels")
+
+
+def num_classes(folder):
+    """How many classes the model of an export has; None where its card does not say."""
+    return _count(folder, "model", "num_classes")
+
+
+def _count(folder, *keys):
     try:
-        found = strict_json.read(Path(folder) / EXTRA / CARD)["inputs"]["serving_bytes"]["max_pixels"]
+        found = functools.reduce(lambda tree, key: tree[key], keys, strict_json.read(Path(folder) / EXTRA / CARD))
     except (OSError, strict_json.JsonError, KeyError, TypeError):
         return None
     return found if type(found) is int else None

@@ -3,11 +3,9 @@
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from retinanet_keras import storage
 from retinanet_keras.data.coco import DataError
@@ -55,7 +53,8 @@ def run(images, to, server, model, *, version=None, signature="bytes", batch=1, 
     with storage.locked(to, "client"), connect(server, model, version=version, timeout=timeout) as ask, results:
         for group in _batches(files, signature, batch, results):
             for part, found in _answers(ask, signature, group, results):
-                accepted.append([item for _, _, item in part])
+                if repeat:
+                    accepted.append([item for _, _, item in part])
                 for i, (path, name, _) in enumerate(part):
                     record = _record(name, {key: value[i] for key, value in found.items()})
                     results.add(record)
@@ -118,7 +117,7 @@ def _batches(files, signature, batch, results):
     group = []
     for path, name in files:
         try:
-            item = path.read_bytes() if signature == "bytes" else _pixels(path)
+            item = path.read_bytes() if signature == "bytes" else pictures.read(path)
         except (OSError, DataError) as error:
             _failed(name, str(error), results)
             continue
@@ -156,17 +155,6 @@ def _timed(ask, signature, items):
     return time.perf_counter() - start
 
 
-def _pixels(path):
-    """uint8 RGB [H, W, 3] of a file; EXIF is ignored, as the server does."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}") from None
-
-
 def _record(name, found):
     """JSON-able: what was found in one image. Args: found: the outputs, without the batch's axis."""
     n = int(found["num_detections"])
@@ -185,7 +173,7 @@ def _show(path, name, detections, to, min_score):
     boxes, scores, labels, names = ([row[key] for row in detections] for key in ("box", "score", "label", "name"))
     print(*table.rows(name, boxes, scores, names, min_score), sep="\n")
     try:
-        pixels = _pixels(path)
+        pixels = pictures.read(path)
     except DataError as error:
         print(f"warning: no picture: {printable(error)}", file=sys.stderr)  # the server reads more than Pillow here
         return

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from retinanet_keras import strict_json
 from retinanet_keras.errors import UserError
 from retinanet_keras.printable import printable
-from retinanet_keras.serving import answers
+from retinanet_keras.serving import answers, pictures
 
 METHOD = "/tensorflow.serving.PredictionService/Predict"
 # The gRPC code behind an HTTP status, where TF Serving's REST interface has one for it.
@@ -22,6 +22,7 @@ CODES = {
     429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
 }  # fmt: skip
 SHOWN = 300  # characters of a server's words
+PIECE = 4096  # pixels of a row that are made JSON at once
 
 
 class ServerError(UserError):
@@ -44,7 +45,7 @@ def connect(server, model, *, version=None, timeout=60.0):
 
     Yields:
         a function from (signature, {input: list of bytes, or array}) to the dict of `export.signatures`, as NumPy
-        arrays; names are str.
+        arrays; names are str. Boxes are within their images, as far as the headers of those that are bytes tell.
 
     Raises:
         UserError: where `server` is no address. The function raises Refused and ServerError.
@@ -61,10 +62,9 @@ def connect(server, model, *, version=None, timeout=60.0):
 
         def checked(signature, inputs):
             (sent,) = inputs.values()
-            size = None if isinstance(sent, list) else sent.shape[1:3]
-            outputs = ask(signature, inputs)
+            sizes = [pictures.size_of(item) for item in sent] if isinstance(sent, list) else sent.shape[1:3]
             try:
-                return answers.checked(outputs, len(sent), size)
+                return answers.checked(ask(signature, inputs), len(sent), sizes)
             except answers.BadAnswer as problem:
                 raise ServerError(
                     f"The answer of {server} is not one of a RetinaNet exported by this package: {problem}. Is it the "
@@ -75,12 +75,14 @@ def connect(server, model, *, version=None, timeout=60.0):
 
 
 def _address(server):
-    """(_grpc or _rest, "host:port"). A message never shows what may be a password or a key."""
+    """(_grpc or _rest, "host:port"). What is no address is not shown: a password or a key may be anywhere in it."""
     match = re.fullmatch(r"(grpc|http)://((?:[\w.-]+|\[[\w:.%]+\]):([0-9]{1,5}))/?", server, re.IGNORECASE)
     if not match or not 0 < int(match[3]) < 2**16:
-        shown = re.sub(r"[?#].*", "?...", re.sub(r"(://|^)[^/]*@", r"\1...@", server), flags=re.DOTALL)
+        scheme = re.match("(grpcs?|https?)://", server, re.IGNORECASE)
+        got = f"{scheme[0]}..." if scheme else "something else"
         raise UserError(
-            f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {shown}. Passwords and paths cannot be sent"
+            f"--server: expected grpc://HOST:8500 or http://HOST:8501, got {got} (not shown: it may hold a password). "
+            "Give a host and a port alone, passwords and paths cannot be sent"
         )
     return (_grpc if match[1].lower() == "grpc" else _rest), match[2]
 
@@ -112,8 +114,12 @@ def _grpc(target, model, version, timeout, error):
                 response = predict(messages.request(model, version, signature, inputs), timeout=timeout)
             except grpc.RpcError as failure:
                 raise error(failure.code().name, failure.details() or "") from None
+            tensors = {output.key: output.value for output in response.outputs}
+            shapes = {name: tuple(d.size for d in tensor.tensor_shape.dim[:9]) for name, tensor in tensors.items()}
+            (sent,) = inputs.values()
+            answers.check_shapes(shapes, len(sent))  # first: a few bytes can stand for values of any shape
             try:
-                return {o.key: messages.to_array(o.value, answers.MOST_VALUES) for o in response.outputs}
+                return {name: messages.to_array(tensors[name], answers.MOST_VALUES) for name in answers.OUTPUTS}
             except ValueError as problem:
                 raise error("OUTPUTS", str(problem)) from None
 
@@ -135,7 +141,9 @@ def _rest(target, model, version, timeout, error):
         return response.status, answer
 
     def ask(signature, inputs):
-        body = json.dumps({"signature_name": signature, "inputs": {k: _to_json(v) for k, v in inputs.items()}})
+        ((name, value),) = inputs.items()
+        head = f'{{"signature_name": {json.dumps(signature)}, "inputs": {{{json.dumps(name)}: '
+        body = b"".join([head.encode(), *_to_json(value), b"}}"])
         kept = connection.sock is not None
         try:
             try:
@@ -148,9 +156,12 @@ def _rest(target, model, version, timeout, error):
         except TimeoutError:
             connection.close()  # the answer may still come, and is not the next request's
             raise error("DEADLINE_EXCEEDED", "") from None
-        except (OSError, http.client.HTTPException, UnicodeError) as failure:  # of a host's name
+        except (OSError, http.client.BadStatusLine, UnicodeError) as failure:  # the last is of a host's name
             connection.close()
             raise error("UNAVAILABLE", str(failure) or type(failure).__name__) from None
+        except http.client.HTTPException as failure:  # the answer begins as HTTP does
+            connection.close()
+            raise error("OUTPUTS", str(failure) or type(failure).__name__) from None
         try:
             tree = strict_json.parse(answer, strict=False)
             if status == 200:
@@ -167,10 +178,23 @@ def _rest(target, model, version, timeout, error):
 
 
 def _to_json(value):
-    """Strings are bytes here, so all go as base64; arrays are nested lists."""
+    """The JSON of an input in pieces: strings are bytes here, so all go as base64; arrays [.., N, C] are nested lists.
+
+    Python's lists of numbers take ten times the memory of their JSON, so there is one at a time, of PIECE rows.
+    """
     if isinstance(value, list):
-        return [{"b64": base64.b64encode(item).decode()} for item in value]
-    return value.tolist()
+        yield json.dumps([{"b64": base64.b64encode(item).decode()} for item in value]).encode()
+        return
+    yield b"["
+    step = PIECE if value.ndim == 2 else 1
+    for i in range(0, len(value), step):
+        if i:
+            yield b","
+        if value.ndim > 2:
+            yield from _to_json(value[i])
+        else:
+            yield json.dumps(value[i : i + step].tolist(), separators=(",", ":"))[1:-1].encode()
+    yield b"]"
 
 
 def _error(code, detail, server, model, version, timeout):

@@ -5,7 +5,12 @@ import tensorflow as tf
 
 from retinanet_keras import strict_json
 from retinanet_keras.data.coco import Categories, DataError
+from retinanet_keras.errors import first_line
+from retinanet_keras.serving import card
 from retinanet_keras.serving.export import CATEGORIES_FILE, signatures
+
+# What TensorFlow raises where stored variables are damaged, or of another model.
+UNREADABLE = (tf.errors.OpError, AssertionError, ValueError, IndexError)
 
 
 def of_model(model, config):
@@ -31,14 +36,19 @@ def of_export(path):
         loaded = tf.saved_model.load(str(path))
         signature = loaded.signatures["serving_default"]
         categories = Categories.from_list(strict_json.read(path / CATEGORIES_FILE))
-    except (OSError, KeyError, TypeError, ValueError, tf.errors.OpError) as error:
-        first = str(error).split("\n")[0]
-        raise DataError(f"{path} is no SavedModel of a RetinaNet exported here ({first}). Export one with "
+    except (OSError, KeyError, TypeError, *UNREADABLE) as error:
+        raise DataError(f"{path} is no SavedModel of a RetinaNet exported here ({first_line(error)}). Export one with "
                         "`python -m retinanet_keras export --workdir RUN --to DIR`") from None  # fmt: skip
+    told = f"{path / CATEGORIES_FILE} has {len(categories)} categories, expected"
+    expected = card.num_classes(path) or max(1, len(categories))
+    if len(categories) != expected:
+        raise DataError(f"{told} {expected}, as many as the model has classes. Export it again")
 
     def detect(images):
-        found = signature(images=tf.constant(images))
-        return {name: value.numpy() for name, value in found.items()}
+        found = {name: value.numpy() for name, value in signature(images=tf.constant(images)).items()}
+        if (highest := found["labels"].max(initial=-1)) >= len(categories):  # where the card does not tell
+            raise DataError(f"{told} at least {highest + 1}: the model has found such a label. Export it again")
+        return found
 
     detect.keep_alive = loaded  # a signature alone does not hold the variables
     return detect, categories

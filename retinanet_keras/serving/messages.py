@@ -104,17 +104,18 @@ def to_array(tensor, most=2**31):
     if any(not 0 <= side <= most for side in shape) or size > most:  # a few bytes can name any shape
         raise ValueError(f"a tensor of shape {shape[:10]}")
     if tensor.dtype == STRING:
-        values = np.array([*tensor.string_val, None], object)[:-1]  # the None keeps NumPy from making fixed widths
+        values = tensor.string_val
     elif tensor.dtype not in NUMBERS:
         raise ValueError(f"a tensor of TensorFlow's type number {tensor.dtype}, expected one of {[*NUMBERS, STRING]}")
     else:
         kind, field = NUMBERS[tensor.dtype]
+        values = getattr(tensor, field)
         if tensor.tensor_content:
-            values = np.frombuffer(tensor.tensor_content, np.dtype(kind).newbyteorder("<")).astype(kind)
-        else:
-            values = np.array(getattr(tensor, field), kind)
+            values = np.frombuffer(tensor.tensor_content, np.dtype(kind).newbyteorder("<"))
     if len(values) > size or (size and not len(values)):
-        raise ValueError(f"a tensor of shape {shape} with {len(values)} values")
-    return (
-        np.pad(values, (0, size - len(values)), "edge").reshape(shape) if len(values) < size else values.reshape(shape)
-    )
+        raise ValueError(f"a tensor of shape {shape[:10]} with {len(values)} values")
+    if tensor.dtype == STRING:
+        values = np.array([*values, None], object)[:-1]  # the None keeps NumPy from making fixed widths
+    else:
+        values = np.array(values, kind)
+    return np.pad(values, (0, size - len(values)), "edge").reshape(shape)

@@ -8,12 +8,11 @@ import tensorflow as tf
 
 from retinanet_keras import storage
 from retinanet_keras.errors import first_line
+from retinanet_keras.serving.detector import UNREADABLE
 from retinanet_keras.training import best
 from retinanet_keras.training.folder import RunError, RunFolder, build_model, load_config_of
 
 logger = logging.getLogger("retinanet_keras")
-# What TensorFlow raises where a checkpoint is damaged, or of another model.
-UNREADABLE = (tf.errors.OpError, AssertionError, ValueError, IndexError)
 
 
 class Checkpoints:
