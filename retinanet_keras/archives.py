@@ -12,7 +12,7 @@ DAMAGE = (
 )  # fmt: skip
 
 
-class Refused(ValueError):
+class Refused(Exception):
     """Why an archive is not unpacked, as the rest of a sentence that begins with its path."""
 
 

@@ -7,6 +7,7 @@ write to the same place.
 import contextlib
 import ctypes
 import errno
+import filecmp
 import hashlib
 import itertools
 import json
@@ -246,12 +247,22 @@ def locked(folder, doing, *, name=LOCK, waiting=None):
 
 
 def set_aside(path):
-    """Rename a damaged file to the first free of NAME.damaged, NAME.damaged-2, ...; the new path."""
+    """Copy a damaged file to the first free of NAME.damaged, NAME.damaged-2, ..., unless one of them is such a copy.
+
+    The file itself stays: it is damaged and seen to be so until the caller replaces or removes it.
+
+    Returns:
+        the path of the copy.
+    """
     path = Path(path)
     for number in itertools.count(1):
         place = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
         if not place.exists():
-            return path.rename(place)
+            with replacing(place) as partial:
+                shutil.copyfile(path, partial)
+            return place
+        if place.is_file() and filecmp.cmp(path, place, shallow=False):
+            return place
 
 
 def digest(*parts):

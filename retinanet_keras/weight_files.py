@@ -8,6 +8,7 @@ have to be there. Both survive copying and renaming. Files without a checksum ar
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from retinanet_keras.errors import UserError
 MARK = b"\nretinanet_keras SHA-256 of all above: "
 SEALED = "retinanet_keras_checksum"  # attribute of a .weights.h5 file that ends in MARK and a checksum
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"  # of Keras, in a .keras file
+DEEPEST = 100  # of lists and objects in CONFIG; those of models are some 20 deep, and Keras reads them recursively
 DAMAGE = (KeyError, OSError, RuntimeError, TypeError, ValueError)  # what h5py raises for damaged files
 AGAIN = "Copy or download it again, or write it again from what it was made of."
 
@@ -102,7 +104,7 @@ def _check_archive(path, file):
         for name in archive.namelist():
             content = archive.read(name)  # and compare its checksum
             if name == CONFIG:
-                strict_json.parse(content, strict=False)
+                _check_depth(path, strict_json.parse(content, strict=False))
             if name == WEIGHTS:
                 _check_datasets(path, io.BytesIO(content), len(content))
     except archives.Refused as error:
@@ -113,6 +115,15 @@ def _check_archive(path, file):
         raise
     except archives.DAMAGE as error:
         raise _damaged(path, _words(error)) from error
+
+
+def _check_depth(path, tree):
+    level = [tree]
+    for _ in range(DEEPEST):
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(itertools.chain.from_iterable(inside))
+    if any(isinstance(one, (dict, list)) for one in level):
+        raise _damaged(path, f"lists and objects in its {CONFIG} are nested more than {DEEPEST} deep")
 
 
 def _check_hdf5(path, file):

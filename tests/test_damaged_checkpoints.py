@@ -93,6 +93,16 @@ def test_a_shard_that_was_cut_off_falls_back(trained, finished, tmp_path, caplog
         assert check(model, steps, folder, caplog) == 4
 
 
+def test_an_index_without_data_is_no_checkpoint(tiny_config, data_dir, trained, finished, tmp_path, caplog):
+    model, steps = trained
+    shutil.copytree(finished[0].path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "step-20260101.index").write_text("notes")
+    assert folder.steps() == [3, 4, 6]
+    folder.start(tiny_config(data_dir), folder.categories())
+    assert check(model, steps, folder, caplog) == 6 and "step-20260101 cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\x00 no text", b'model_checkpoint_path: "elsewhere/step-9"\n'])
 def test_a_damaged_list_of_checkpoints_is_written_anew(trained, finished, tmp_path, caplog, content):
     """And a user's own copies beside them are left alone."""

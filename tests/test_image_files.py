@@ -9,11 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.data import coco, inspection, pipeline, sources
 from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.image_files import look_at
 from retinanet_keras.data.listing import image_files
 
 pytestmark = pytest.mark.eager
@@ -116,6 +117,32 @@ def test_a_giant_is_refused_by_its_header_wherever_it_is_read(made):
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match="expected an image of at most"):
             next(iter(batches))
+
+
+def test_inspect_decodes_no_image_that_is_too_large_by_its_header(made, monkeypatch):
+    config, images = made("a.png", "b.png", max_pixels=LIMIT)
+    dataset, loaded, load = sources.open_split(config.data, "train"), [], PngImagePlugin.PngImageFile.load
+    Image.new("RGB", (64, 49)).save(images / "b.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: loaded.append(self.size) or load(self))
+    files = [look_at(dataset, i) for i in (0, 1)]
+    assert loaded == [(64, 48)] and "3,136 pixels by its header" in files[1].problem
+    assert [file.mode for file in files] == ["RGB", "RGB"]
+
+
+def test_inspect_leaves_other_formats_and_damaged_files_to_the_decoder_and_hides_no_other_error(made, monkeypatch):
+    config, images = made("a.png", "b.png", "c.png")
+    dataset = sources.open_split(config.data, "train")
+    Image.new("RGB", (64, 48)).save(images / "a.png", "TIFF")
+    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:40])
+    for file in (look_at(dataset, 0), look_at(dataset, 1)):
+        assert file.mode == "unknown" and "cannot be read as an image" in file.problem
+
+    def fail(*_):
+        raise AttributeError("of the check")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "getexif", fail)
+    with pytest.raises(AttributeError, match="of the check"):
+        look_at(dataset, 2)
 
 
 def test_images_that_are_too_large_by_their_annotations_stop_at_once(made):

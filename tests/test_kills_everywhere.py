@@ -4,15 +4,21 @@ import os
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from kills import Killed, Kills, everywhere
 
 from retinanet_keras import storage
+from retinanet_keras.config import Config
+from retinanet_keras.data.coco import Categories
 from retinanet_keras.results import draw, report
 from retinanet_keras.results.evaluation import coco_metrics
+from retinanet_keras.training import best, log_file
+from retinanet_keras.training.folder import RunFolder
 
 pytestmark = pytest.mark.check
+CATEGORIES = Categories.from_list([{"label": 0, "id": 1, "name": "cat"}])
 
 
 def content(folder):
@@ -96,6 +102,57 @@ def test_a_folder_that_is_replaced(tmp_path, monkeypatch, exchange):
     gone = [] if exchange else [{}]
     assert all(found in [old, new, *gone] for found in contents[::2]) and all(found == new for found in contents[1::2])
     assert contents[0] == old and new in contents[::2] and "_rename" in operations
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A run's folder whose log.csv, best.json and categories.json are damaged; the log has two evaluations."""
+    folder = RunFolder(tmp_path / "before")
+    folder.start(Config(), CATEGORIES)
+    with h5py.File(folder.best_weights, "w") as file:
+        file["weights"] = 1
+    rows = [{"step": 1, "AP": 0.25}, {"step": 2, "AP": 0.5}]
+    folder.log_file.write_text(log_file.header() + "?\n" + "".join(map(log_file.line, rows)))
+    folder.best_file.write_text("?")
+    folder.categories_file.write_text("?")
+    return folder.path
+
+
+@pytest.mark.parametrize(
+    "name, act",
+    [
+        ("log.csv", lambda folder: folder.cut_log(2)),
+        ("checkpoints/best.json", best.mend),
+        ("categories.json", lambda folder: folder.start(Config(), CATEGORIES)),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_there_until_the_new_one_is(tmp_path, damaged, caplog, name, act):
+    old = (damaged / name).read_bytes()
+    contents, operations = killed(tmp_path, damaged, lambda folder: act(RunFolder(folder)))
+    (new,) = {found[name] for found in contents[1::2]}
+    assert new != old and operations.count("replace") >= 2
+    for found in contents:
+        assert found[name] in (old, new) and found.get(f"{name}.damaged", old) == old
+        assert found[name] == old or f"{name}.damaged" in found
+    assert {found[name] for found in contents[::2]} == {old, new}
+    assert all(len(found) == len(contents[1]) for found in contents[1::2])  # a second start keeps no second copy
+
+
+def test_best_weights_that_are_damaged_are_set_aside_and_a_kill_in_between_is_noticed(tmp_path, damaged, caplog):
+    (damaged / "checkpoints/best.json").write_text('{"step": 2, "AP": 0.5, "digest": "0"}')
+    (damaged / "checkpoints/best.weights.h5").write_text("?")
+
+    def act(folder):
+        caplog.clear()
+        best.mend(RunFolder(folder))
+        there = (folder / "checkpoints/best.json").exists()
+        assert not there and "next evaluation will be the best so far" in caplog.text
+
+    contents, _ = killed(tmp_path, damaged, act)
+    for found in contents:
+        kept = {found.get(f"checkpoints/best.{end}") for end in ("weights.h5", "weights.h5.damaged")}
+        assert b"?" in kept
+    assert all("checkpoints/best.weights.h5" not in found for found in contents[1::2])
 
 
 def test_a_picture_and_a_report(tmp_path):

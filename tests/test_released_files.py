@@ -467,6 +467,33 @@ def test_missing_files_folders_and_other_archives_are_told(tmp_path):
         files.read(tmp_path / "nothing.npz")
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': '<f4', 'fortran_order': False, 'shape': (4, }", "(((((", "'''", "  1\n 2\n", "-" * 9000 + "1",
+     "{1: 2, 'a': 3}", "{'descr': ('<f4',), 'fortran_order': False, 'shape': (4,)}",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 4)}",
+     "{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}"],
+)  # fmt: skip
+def test_a_damaged_header_of_an_array_is_told_where_the_checksum_is_right(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "weights.npz", "w") as archive:
+        start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header))
+        archive.writestr("w.npy", start + header.encode() + bytes(16))
+    with pytest.raises(UserError, match="damaged or cut short") as caught:
+        files.read(tmp_path / "weights.npz")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", ["_weights", "_check_size", "_array"])
+@pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError])
+def test_an_error_of_the_reader_itself_is_not_told_as_damage(monkeypatch, function, error):
+    def fail(*_):
+        raise error("of the reader")
+
+    monkeypatch.setattr(files, function, fail)
+    with pytest.raises(error, match="of the reader"):
+        files.read(DATA / "zip.pth")
+
+
 def test_files_are_read_without_keras_tensorflow_or_torch():
     code = (
         f"import sys; from retinanet_keras.released import files; files.read({str(DATA / 'zip.pth')!r}); "

@@ -5,6 +5,7 @@ import os
 import shutil
 from importlib import metadata
 
+import h5py
 import numpy as np
 import pytest
 
@@ -177,6 +178,11 @@ def test_a_damaged_line_of_an_interrupted_evaluation_is_where_it_goes_on(tmp_pat
     again.add(batches(2)[1])
     (_, (other,)) = Unfinished(path, {"a": 1}).batches
     np.testing.assert_array_equal(other[1], batches(2)[1][0][1].astype("float32"))
+    second = path.read_bytes() + b"damaged again\n"
+    path.write_bytes(second)
+    assert Unfinished(path, {"a": 1}).images == 2
+    assert path.with_name("unfinished.jsonl.damaged").read_bytes() == b"".join(lines)
+    assert path.with_name("unfinished.jsonl.damaged-2").read_bytes() == second
 
 
 def test_a_damaged_head_of_an_interrupted_evaluation_is_set_aside(tmp_path, caplog):
@@ -224,6 +230,40 @@ def test_a_damaged_best_json_is_refused_by_readers_and_rebuilt_by_training(copy,
     again = json.loads(copy.best_file.read_text())
     assert again["AP"] == pytest.approx(whole.pop("AP"), abs=1e-5) and {**whole, "AP": again["AP"]} == again
     assert best.read(copy) == again
+
+
+@pytest.mark.parametrize(
+    "content, readable",
+    [*((content, readable) for content in (b"", b"HDF", "cut", "flipped", None) for readable in (True, False)),
+     ("other", True)],
+)  # fmt: skip
+def test_damaged_or_missing_best_weights_begin_anew_before_training(copy, caplog, content, readable):
+    weights, about = copy.best_weights, copy.best_file.read_bytes() if readable else b"?"
+    whole = bytearray(weights.read_bytes())
+    if content == "other":
+        with h5py.File(weights, "w") as file:
+            file["other"] = 1
+    elif content is None:
+        weights.unlink()
+    else:
+        whole[len(whole) // 2] ^= 1
+        weights.write_bytes({"cut": whole[:-100], "flipped": whole}.get(content, content))
+    damaged = weights.read_bytes() if weights.exists() else None
+    copy.best_file.write_bytes(about)
+    best.mend(copy)
+    assert "best.weights.h5 or best.json is damaged or missing" in caplog.text and best.read(copy) is None
+    asides = {path.name: path.read_bytes() for path in copy.checkpoints.glob("best.*")}
+    expected = {"best.json.damaged": about, **({} if damaged is None else {"best.weights.h5.damaged": damaged})}
+    assert asides == expected
+    caplog.clear()
+    best.mend(copy)
+    assert not caplog.text
+
+
+def test_whole_best_weights_are_left_as_they_are(copy, caplog):
+    before = everything(copy.path)
+    best.mend(copy)
+    assert everything(copy.path) == before and not caplog.text
 
 
 def test_damaged_best_weights_are_told(copy):

@@ -30,6 +30,16 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     assert path.read_bytes() == b"\x00\xff"
 
 
+def test_a_damaged_file_is_copied_once_to_a_free_name_and_stays(tmp_path):
+    path = tmp_path / "a.json"
+    for content, name in (("1", "a.json.damaged"), ("1", "a.json.damaged"), ("2", "a.json.damaged-2"),
+                          ("1", "a.json.damaged")):  # fmt: skip
+        path.write_text(content)
+        assert storage.set_aside(path) == tmp_path / name
+        assert path.read_text() == (tmp_path / name).read_text() == content
+    assert files(tmp_path) == ["a.json", "a.json.damaged", "a.json.damaged-2"]
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_file(tmp_path, error):
     storage.write(tmp_path / "a.keras", "old")

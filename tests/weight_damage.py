@@ -4,12 +4,14 @@
 whatever becomes of the process.
 """
 
+import io
 import json
 import pickle
 import random
 import resource
 import signal
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +22,8 @@ SUFFIXES = {
     "keras": ".keras", "weights": ".weights.h5", "backbone": ".weights.h5", "no checksum": ".weights.h5",
     "torch": ".pth", "npz": ".npz", "old torch": ".pth", "pickle": ".pkl", "old pickle": ".pkl",
 }  # fmt: skip
-WITHOUT_CHECKSUM = ("no checksum", "old torch", "pickle", "old pickle")  # changed numbers cannot be noticed in them
+WITHOUT_CHECKSUM = ("no checksum", "old torch", "pickle", "old pickle")  # changed numbers cannot be noticed in them,
+# nor where a checksum was written after the change
 SECONDS = 60
 
 
@@ -72,7 +75,21 @@ def longer(data, random):
     return data + random.randbytes(random.randint(1, 3000))
 
 
-MUTATIONS = (truncated, flipped, flipped, overwritten, cut_out, at_an_end, at_an_end, swapped, longer)
+def inside(data, random):
+    """A member of a zip archive, which has the right checksum afterwards; other files as `at_an_end`."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return at_an_end(data, random)
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(file, "w") as after:
+        members = {name: before.read(name) for name in before.namelist()}
+        victim = random.choice([name for name in members if members[name]])
+        members[victim] = random.choice((truncated, flipped, overwritten, cut_out, at_an_end))(members[victim], random)
+        for name, content in members.items():
+            after.writestr(name, content)
+    return file.getvalue()
+
+
+MUTATIONS = (truncated, flipped, inside, flipped, overwritten, cut_out, at_an_end, inside, at_an_end, swapped, longer)
 
 
 def mutated(originals, number, seed):
@@ -159,7 +176,7 @@ def run(count, seed, folder, seconds=0):
         except Exception as error:  # what is looked for
             outcome = f"{type(error).__name__}: {error}"
         signal.alarm(0)
-        if outcome == "wrong" and kind in WITHOUT_CHECKSUM:
+        if outcome == "wrong" and (kind in WITHOUT_CHECKSUM or name == "inside"):
             outcome = "unnoticed"
         if outcome not in ("right", "refused", "unnoticed"):
             Path(folder, f"fault-{number}{SUFFIXES[kind]}").write_bytes(data)

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import io
+import math
 import os
+import struct
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,9 @@ from retinanet_keras.data import coco, rules, sources
 from retinanet_keras.data.rules import ERROR, NOTE, WARNING
 
 EXIF_ORIENTATION = 0x0112
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # Pillow's names of what `sources.decode` reads
+# What Pillow raises for damaged files.
+DAMAGE = (Image.DecompressionBombError, EOFError, OSError, SyntaxError, ValueError, struct.error)
 MISSING, SIXTEEN_BIT = "missing", "16-bit"
 CONVERTED = (
     ("L", "greyscale images", "They get three equal channels."),
@@ -40,12 +45,13 @@ def look_at(dataset, i):
     if not os.path.exists(dataset.files[i]):
         return ImageFile(MISSING)
     mode, rotated = "unknown", False
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # broken files fail in many ways
+    with contextlib.suppress(*DAMAGE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(sources.encoded_image(dataset, i))) as image:
+        with Image.open(io.BytesIO(sources.encoded_image(dataset, i)), formats=FORMATS) as image:
             layout = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, which becomes mode RGB
             mode = SIXTEEN_BIT if "16" in layout or image.mode.startswith("I") else image.mode
-            rotated = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+            if dataset.max_pixels is None or math.prod(image.size) <= dataset.max_pixels:  # else a PNG is decoded
+                rotated = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
     try:
         return ImageFile(mode, rotated, sources.image_of(dataset, i).shape[:2])
     except coco.DataError as error:

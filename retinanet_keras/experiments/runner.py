@@ -87,7 +87,7 @@ def train_row(place, seed, title):
         {"AP", "AP50", ...: 0..1 or None} of the last evaluation, or {"diverged": the step}.
     """
     folder = place / str(seed)
-    if result := _done(folder):
+    if (folder / "result.json").exists() and (result := measured.read_result(folder / "result.json")):
         return result
     folder.mkdir(parents=True, exist_ok=True)
     # A training holds this lock, too, should this process be killed; on its folder it has one of its own.

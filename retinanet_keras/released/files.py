@@ -3,16 +3,18 @@
 They are read by `pickles`, which runs nothing of what is in them. PyTorch is not needed.
 """
 
+import contextlib
 import functools
 import math
 import os
 import pickle
+import tokenize
 from pathlib import Path
 
 import numpy as np
 
 from retinanet_keras import archives
-from retinanet_keras.errors import UserError
+from retinanet_keras.errors import UserError, first_line
 from retinanet_keras.released import pickles, stand_ins
 
 EXPECTED = "a .pkl of Detectron or Detectron2, a .pth or .pt of PyTorch, or an .npz"
@@ -20,10 +22,25 @@ WRAPPERS = ("blobs", "model", "state_dict")  # of Detectron; Detectron2 and torc
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of PyTorch's format before 1.6; its version is the second
 LEGACY_VERSION = 1001
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# What damaged bytes raise; of archives.DAMAGE, too.
-DAMAGE = (
-    *archives.DAMAGE, pickle.UnpicklingError, AttributeError, IndexError, MemoryError, RecursionError, TypeError,
+# What NumPy raises for headers that are damaged: it gives them to Python's tokenizer and parser.
+HEADER_DAMAGE = (
+    *archives.DAMAGE, tokenize.TokenError, IndexError, MemoryError, RecursionError, SyntaxError, TypeError,
 )  # fmt: skip
+# What Python's unpickler raises for instructions that are damaged; they are read out of a zip archive, perhaps.
+PICKLE_DAMAGE = (*archives.DAMAGE, pickle.UnpicklingError, AttributeError, IndexError, TypeError)
+
+
+class Damaged(Exception):
+    """What is wrong with the bytes of a file."""
+
+
+@contextlib.contextmanager
+def _damage(*errors):
+    """Errors of a library that reads what may be damaged as `Damaged`."""
+    try:
+        yield
+    except errors as error:
+        raise Damaged(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def read(path):
@@ -57,10 +74,10 @@ def read(path):
             return {name: _array(value, fetch) for name, value in weights.items()}
         except (stand_ins.Refused, archives.Refused) as error:
             raise UserError(f"{path} {error}") from None
-        except DAMAGE as error:
+        except Damaged as error:
             raise UserError(
-                f"{path} cannot be read ({type(error).__name__}: {error!s:.200}); expected {EXPECTED}. It is damaged "
-                "or cut short: compare its size with the published one, and download it again."
+                f"{path} cannot be read ({error!s:.200}); expected {EXPECTED}. It is damaged or cut short: compare its "
+                "size with the published one, and download it again."
             ) from error
 
 
@@ -89,7 +106,8 @@ def _check_head(file):
 
 def _read_zip(file):
     """An `.npz`, or PyTorch's format since 1.6: NAME/data.pkl, and each storage in NAME/data/KEY."""
-    archive = archives.opened(file)
+    with _damage(*archives.DAMAGE):
+        archive = archives.opened(file)
     names = archive.namelist()
     roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -104,33 +122,45 @@ def _read_zip(file):
         )
     order = "<"
     if f"{root}/byteorder" in names:
-        order = {b"little": "<", b"big": ">"}[archive.read(f"{root}/byteorder")]
+        with _damage(*archives.DAMAGE):
+            stated = archive.read(f"{root}/byteorder")
+        order = {b"little": "<", b"big": ">"}.get(stated)
+        if order is None:
+            raise Damaged(f"the byte order is {stated[:20]!r}, not little or big")
 
     @functools.cache  # tensors may share a storage
     def fetch(key, nbytes):
-        member = archive.getinfo(f"{root}/data/{key}")
+        with _damage(KeyError):
+            member = archive.getinfo(f"{root}/data/{key}")
         if member.file_size != nbytes:
-            raise ValueError(f"storage {key} should have {nbytes} bytes, and has {member.file_size}")
-        return archive.read(member), order
+            raise Damaged(f"storage {key} should have {nbytes} bytes, and has {member.file_size}")
+        with _damage(*archives.DAMAGE):
+            return archive.read(member), order
 
-    with archive.open(f"{root}/data.pkl") as pickled:
-        size = archive.getinfo(f"{root}/data.pkl").file_size
+    size = archive.getinfo(f"{root}/data.pkl").file_size
+    with _damage(*PICKLE_DAMAGE), archive.open(f"{root}/data.pkl") as pickled:
         return pickles.Unpickler(pickled, size, storages=True).load(), fetch
 
 
 def _read_npy(archive, name):
     """An array of an `.npz`. NumPy's own reader takes the memory that the header asks for before there are numbers."""
-    with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
+    with _damage(*archives.DAMAGE):
+        member = archive.open(name)
+    with member:
+        with _damage(*archives.DAMAGE):
+            version = np.lib.format.read_magic(member)
         if version not in NPY_HEADERS:
-            raise ValueError(f"{name} has version {version} of NumPy's format")
-        shape, column_major, dtype = NPY_HEADERS[version](member)
+            raise Damaged(f"{ascii(name):.60} has version {version} of NumPy's format")
+        with _damage(*HEADER_DAMAGE):
+            shape, column_major, dtype = NPY_HEADERS[version](member)
         if dtype.hasobject:
             raise stand_ins.Refused(stand_ins.OBJECTS)
-        raw = member.read()
+        with _damage(*archives.DAMAGE):
+            raw = member.read()
     if len(raw) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name} has {len(raw)} bytes for an array of shape {shape} and dtype {dtype}")
-    return np.ndarray(shape, dtype, raw, order="F" if column_major else "C")
+        raise Damaged(f"{ascii(name):.60} has {len(raw)} bytes for an array of shape {shape} and dtype {dtype}")
+    with _damage(TypeError, ValueError):
+        return np.ndarray(shape, dtype, raw, order="F" if column_major else "C")
 
 
 def _read_pickles(file, size):
@@ -140,35 +170,45 @@ def _read_pickles(file, size):
     and then for each key the number of elements, int64, and the elements; always little-endian.
     """
     file.seek(0)
-    content = pickles.Unpickler(file, size).load()
+    content = _unpickled(pickles.Unpickler(file, size))
     if not isinstance(content, int) or content != LEGACY_MAGIC:
         return content, None
-    version = pickles.Unpickler(file, size).load()
+    version = _unpickled(pickles.Unpickler(file, size))
     if version != LEGACY_VERSION:
         raise stand_ins.Refused(
             f"has version {stand_ins.short(version)} of PyTorch's older format; expected {LEGACY_VERSION}."
         )
-    pickles.Unpickler(file, size).load()
+    _unpickled(pickles.Unpickler(file, size))
     unpickler = pickles.Unpickler(file, size, storages=True)
-    content = unpickler.load()
-    positions = {}
-    for key in pickles.Unpickler(file, size).load():
+    content, keys, positions = _unpickled(unpickler), _unpickled(pickles.Unpickler(file, size)), {}
+    if not isinstance(keys, (list, tuple)):
+        raise Damaged("the keys of the storages are no list")
+    for key in keys:
         stand_ins.check_key(key)
+        if key not in unpickler.storages:
+            raise Damaged(f"storage {key} is of no tensor")
         storage, stated = unpickler.storages[key], file.read(8)
         if len(stated) != 8 or int.from_bytes(stated, "little", signed=True) != storage.numel:
-            raise ValueError(f"storage {key} does not begin with its number of elements, {storage.numel}")
+            raise Damaged(f"storage {key} does not begin with its number of elements, {storage.numel}")
         positions[key] = file.tell()
-        file.seek(storage.numel * storage.dtype.itemsize, 1)
+        file.seek(min(size, positions[key] + storage.numel * storage.dtype.itemsize))
 
     @functools.cache
     def fetch(key, nbytes):
-        present = max(0, size - positions[key])
+        if key not in positions:
+            raise Damaged(f"storage {key} is missing")
+        present = size - positions[key]
         if nbytes > present:
-            raise ValueError(f"storage {key} should have {nbytes} bytes, and has {present}")
+            raise Damaged(f"storage {key} should have {nbytes} bytes, and has {present}")
         file.seek(positions[key])
         return file.read(nbytes), "<"
 
     return content, fetch
+
+
+def _unpickled(unpickler):
+    with _damage(*PICKLE_DAMAGE):
+        return unpickler.load()
 
 
 # Content
@@ -228,13 +268,17 @@ def _array(value, fetch):
         if not math.prod(value.size):  # its strides and offset mean nothing
             offset, strides = 0, None
         # np.ndarray itself refuses strides that leave the buffer, as _rebuild_tensor has done before.
-        array = np.ascontiguousarray(np.ndarray(value.size, dtype, raw, offset, strides)).reshape(value.size)
+        with _damage(ValueError):
+            array = np.ascontiguousarray(np.ndarray(value.size, dtype, raw, offset, strides)).reshape(value.size)
         if storage.kind == stand_ins.BFLOAT16:  # the upper half of a float32
             bits = np.array(array, np.uint32)
             bits <<= 16
             array = bits.view(np.float32)
+    elif isinstance(value, stand_ins.Array):
+        with _damage(ValueError):
+            array = value.build()
     else:
-        array = value.build() if isinstance(value, stand_ins.Array) else value
+        array = value
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     array.flags.writeable = False
     return array

@@ -4,8 +4,8 @@ import json
 import logging
 import math
 
-from retinanet_keras import storage, strict_json
-from retinanet_keras.errors import first_line
+from retinanet_keras import storage, strict_json, weight_files
+from retinanet_keras.errors import UserError, first_line
 from retinanet_keras.training.folder import RunError, load_weights
 
 logger = logging.getLogger("retinanet_keras")
@@ -65,20 +65,46 @@ def load(folder, model):
 
 
 def mend(folder):
-    """Write a damaged best.json anew from the log; the damaged one is set aside."""
+    """Check best.json and the weights that it is about before training goes on.
+
+    A damaged best.json is written anew from the log. Where that is not possible, or the weights are damaged, missing or
+    others, both are set aside, and the best begins anew.
+    """
     try:
-        read(folder)
+        best = read(folder)
     except RunError:
+        best = {}
+    if best is None:
+        return
+    whole = _whole(folder, best.get("digest"))
+    rows = [row for row in folder.log_rows() if "AP" in row]
+    if best and whole:
+        return
+    if whole and rows:
         aside = storage.set_aside(folder.best_file)
-        rows = [row for row in folder.log_rows() if "AP" in row]
-        known = bool(rows) and folder.best_weights.exists()
-        if known:
-            row = max(rows, key=lambda row: row["AP"])  # the first of equals, as `keep` has it
-            _write(folder, int(row["step"]), row["AP"])
-        logger.warning(
-            "%s is damaged. It is kept as %s; %s", folder.best_file, aside,
-            "a new one is written from log.csv" if known else "the next evaluation will be the best so far",
-        )  # fmt: skip
+        row = max(rows, key=lambda row: row["AP"])  # the first of equals, as `keep` has it
+        _write(folder, int(row["step"]), row["AP"])
+        logger.warning("%s is damaged. It is kept as %s; a new one is written from log.csv", folder.best_file, aside)
+        return
+    asides = []
+    for path in (folder.best_weights, folder.best_file):  # in this order a kill between them is noticed
+        if path.exists():
+            asides.append(str(storage.set_aside(path)))
+            path.unlink()
+    logger.warning(
+        "%s or %s is damaged or missing, or a kill came between writing the two. What is there is kept as %s; the next "
+        "evaluation will be the best so far, and without one the last weights are used",
+        folder.best_weights, folder.best_file.name, " and ".join(asides),
+    )  # fmt: skip
+
+
+def _whole(folder, digest):
+    """Whether the file of weights is there, undamaged, and of a digest, if one is given."""
+    try:
+        weight_files.check(folder.best_weights)
+        return digest in (None, storage.digest(folder.best_weights.read_bytes()))
+    except (OSError, UserError):
+        return False
 
 
 def _write(folder, step, ap):

@@ -57,7 +57,7 @@ class Checkpoints:
         """
         problems = []
         # Not TensorFlow's own list: it lacks one whose writing was killed at the very end, may be gone, or damaged.
-        for step in reversed(self._folder.steps()):
+        for step in reversed(self._folder.indexed_steps()):  # one whose data is missing is told, too
             path = self._path(step)
             try:
                 status = self.checkpoint.restore(path)

@@ -140,7 +140,11 @@ class RunFolder:
         return changes, free
 
     def steps(self):
-        """The steps of the checkpoints, in order."""
+        """The steps of the checkpoints, in order: those of which there are an index and data."""
+        return [step for step in self.indexed_steps() if any(self.checkpoints.glob(f"step-{step}.data-*"))]
+
+    def indexed_steps(self):
+        """The steps of which there is at least a checkpoint's index, in order."""
         names = (re.fullmatch(r"step-(\d+)\.index", path.name) for path in self.checkpoints.glob("step-*.index"))
         return sorted(int(found[1]) for found in names if found)
 

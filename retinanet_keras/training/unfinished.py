@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import zlib
 from pathlib import Path
 
@@ -69,8 +68,7 @@ class Unfinished:
                     break
                 content = _content(line)
                 if content is None:
-                    aside = self.path.with_name(f"{self.path.name}.damaged")
-                    shutil.copyfile(self.path, aside)
+                    aside = storage.set_aside(self.path)
                     logger.warning("%s is damaged after %d images. It is kept as %s; the evaluation goes on from there",
                                    self.path, sum(map(len, self.batches)), aside)  # fmt: skip
                     break
