@@ -347,10 +347,14 @@ def test_output_paths_that_cannot_be_are_told_before_the_work(tmp_path, monkeypa
 
 def test_the_card_is_given_metrics_of_the_runs_own_step(tmp_path, caplog):
     folder, data = RunFolder(tmp_path), DataConfig(val_split="val", test_split="test")
-    for split, content in (("val", '{"AP": 0.5, "step": 6}'), ("test", '{"AP": 0.5, "step": 4}')):
+    right = {"AP": 0.5, "step": 6, "dataset": "of val"}
+    folder.data_file.write_text(json.dumps({split: {"annotations": f"of {split}"} for split in ("val", "test")}))
+    for split, metrics in (("val", right), ("test", {**right, "step": 4, "dataset": "of test"})):
         folder.evaluation(split).mkdir(parents=True)
-        (folder.evaluation(split) / "metrics.json").write_text(content)
-    assert commands._metrics(folder, data, 6) == {"val": {"AP": 0.5, "step": 6}}
+        (folder.evaluation(split) / "metrics.json").write_text(json.dumps(metrics))
+    assert commands._metrics(folder, data, 6) == {"val": right}
+    (folder.evaluation("val") / "metrics.json").write_text(json.dumps({**right, "dataset": "of another"}))
+    assert commands._metrics(folder, data, 6) == {}
     for content in ("{", "[" * 100_000, '{"AP": ' + "1" * 5000 + "}"):
         caplog.clear()
         (folder.evaluation("val") / "metrics.json").write_text(content)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_keras import anchors, boxes
+from retinanet_keras import anchors, boxes, storage
 from retinanet_keras.config import AnchorConfig, config_from_dict
 from retinanet_keras.data import coco, inspection, reach
 from retinanet_keras.data.coco import DataError
@@ -80,7 +80,7 @@ def test_a_sound_dataset(dataset, capsys):
     assert train["image_modes"] == {"RGB": 6} and train["left_out"] == {}
     out = dataset.folder / "out"
     files = {"report.txt", "report.json", *(f"{s}_{p}.png" for s in ("train", "val") for p in ("boxes", "anchors"))}
-    assert {path.name for path in out.iterdir()} == files
+    assert {path.name for path in out.iterdir()} == {*files, storage.LOCK}
     assert json.loads((out / "report.json").read_text()) == report
     printed = capsys.readouterr().out
     assert (out / "report.txt").read_text().strip() in printed

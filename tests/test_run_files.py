@@ -16,7 +16,7 @@ from retinanet_keras.data.coco import DataError
 from retinanet_keras.evaluate import evaluate
 from retinanet_keras.serving import card
 from retinanet_keras.settings import ConfigError
-from retinanet_keras.training import best, fingerprint, log_file, preflight, run
+from retinanet_keras.training import best, fingerprint, log_file, outputs, preflight, run
 from retinanet_keras.training.checkpoints import load_run
 from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
 from retinanet_keras.training.unfinished import Unfinished
@@ -108,13 +108,37 @@ def test_image_files_of_other_sizes_are_refused_unless_they_were_to_be_repaired(
     image.write_bytes(image.read_bytes() + b"more")
     data = {"train": fingerprint.fingerprint(sources.open_split(tiny_config(tmp_path / "data").data, "train"))}
     with pytest.raises(RunError, match="image files of train are not as many bytes as when the run began"):
-        fingerprint.check(copy, data)
+        fingerprint.check(copy, data, data)
     fingerprint.allow_other_files(copy)
-    fingerprint.check(copy, data)
+    fingerprint.check(copy, data, data)
     assert "not as many bytes" in caplog.text
     caplog.clear()
-    fingerprint.check(copy, data)
+    fingerprint.check(copy, data, data)
     assert not caplog.text and json.loads(copy.data_file.read_text()) == data
+
+
+@pytest.mark.parametrize("change", ["area", "crowd"])
+def test_what_scoring_alone_reads_is_part_of_the_annotations(tiny_config, data_dir, tmp_path, change):
+    """An area decides for AP of small objects or of large ones; a crowd takes detections."""
+
+    def digest():
+        return fingerprint.of_annotations(sources.open_split(tiny_config(tmp_path / "data").data, "val"))
+
+    file, tree = other_data(data_dir, tmp_path / "data", "val")
+    before = digest()
+    if change == "area":
+        tree["annotations"][0]["area"] /= 2
+    else:
+        tree["annotations"].append({**tree["annotations"][0], "id": 10**6, "iscrowd": 1})
+    file.write_text(json.dumps(tree))
+    assert digest() != before
+
+
+@pytest.mark.parametrize("name", ["unfinished.jsonl", "pictures/grid.png", storage.LOCK])
+def test_a_folder_where_an_evaluation_writes_a_file_is_told_first(tmp_path, name):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(RunError, match="is a folder, and an evaluation writes a file there"):
+        outputs.check(tmp_path)
 
 
 def test_images_with_other_modification_times_are_told(tiny_config, data_dir, copy, tmp_path, caplog):
@@ -122,14 +146,14 @@ def test_images_with_other_modification_times_are_told(tiny_config, data_dir, co
     image = sorted((tmp_path / "data/images").glob("train_*"))[2]
     os.utime(image, (0, 0))
     data = {"train": fingerprint.fingerprint(sources.open_split(tiny_config(tmp_path / "data").data, "train"))}
-    fingerprint.check(copy, data)
+    fingerprint.check(copy, data, data)
     assert "image files of train have other modification times" in caplog.text
 
 
 def test_a_damaged_record_of_the_data_is_told(copy, caplog):
     for content in (b"", b"\xff", b"[1]", b'{"train": 3}', b'{"train": {"a": 1}, "train": {}}'):
         copy.data_file.write_bytes(content)
-        fingerprint.check(copy, {"train": {"annotations": "a", "sizes": "b", "times": "c"}})
+        fingerprint.check(copy, {"train": {"annotations": "a", "sizes": "b", "times": "c"}}, ["train"])
         assert "data.json is damaged" in caplog.text
         caplog.clear()
     assert len(list(copy.path.glob("data.json.damaged*"))) == 5

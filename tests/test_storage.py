@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -208,3 +210,26 @@ def test_places_are_checked_before_the_work(tmp_path):
     for place, answer in (("folder", "folder is a folder. Name a file in it"), ("file/a", "file is not a folder")):
         with pytest.raises(UserError, match=f"^--onnx: .*{answer}"):
             storage.check_file(tmp_path / place, "--onnx")
+
+
+def test_several_threads_write_to_one_place(tmp_path):
+    """The unfinished file of one is not taken for a dead process's by another."""
+
+    def write(number):
+        for _ in range(20):
+            with storage.replacing(tmp_path / "a") as partial:
+                partial.write_text(str(number))
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert (tmp_path / "a").read_text() in "0123" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_told(tmp_path):
+    for name in ("a", storage.LOCK):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="a is a folder, and a file is written there"):
+        storage.write(tmp_path / "a", "text")
+    with pytest.raises(UserError, match=r"\.lock is a folder"), storage.locked(tmp_path, "testing"):
+        pass

@@ -97,6 +97,17 @@ def test_a_kill_at_any_file_operation_leaves_the_old_file_or_the_new(model, net,
     assert names(path.parent) == [name]  # what the kills left is gone
 
 
+def test_a_link_may_lead_to_a_file_of_any_name(model, tmp_path):
+    for name, save, load in (
+        ("a.keras", model.save, keras.models.load_model), ("a.weights.h5", model.save_weights, model.load_weights),
+    ):  # fmt: skip
+        (tmp_path / name).symlink_to(tmp_path / f"of {name[:-2]}")
+        save(tmp_path / name)
+        weight_files.check(tmp_path / name)
+        load(tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+
+
 def test_links_stay_and_other_targets_are_left_to_keras(model, tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "a.keras").symlink_to(tmp_path / "disk/b.keras")
