@@ -92,7 +92,8 @@ def _by_model(model, folded, dataset, data, plan):
         return [{name: value[replica] for name, value in nested.items()} for replica in range(replicas)]
 
     if folded:
-        with strategy.scope():
+        # Among workers a variable made in the strategy's scope would wait for the others.
+        with strategy.scope() if mirrored else contextlib.nullcontext():
             graphs = [on_all(half) for half in inference.halves(model)]
     else:  # kept: a training evaluates again and again
         graphs = model.evaluation_graphs = model.evaluation_graphs or [
