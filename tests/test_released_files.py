@@ -500,8 +500,9 @@ def test_an_error_of_the_reader_itself_is_not_told_as_damage(monkeypatch, functi
         raise error("of the reader")
 
     monkeypatch.setattr(files, function, fail)
-    with pytest.raises(error, match="of the reader"):
+    with pytest.raises(error, match="of the reader") as caught:
         files.read(DATA / "zip.pth")
+    assert caught.type is error  # a UserError is a ValueError, too
 
 
 def test_files_are_read_without_keras_tensorflow_or_torch():
