@@ -5,6 +5,7 @@ import zipfile
 import zlib
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of those who write weights
+END, LONGEST_END = b"PK\x05\x06", 22 + 2**16  # the record at the end of an archive, with its comment
 ALLOWANCE, EXPANSION = 2**26, 20  # weights are noise: compressed they keep more than half of their size
 # What the zipfile module raises for damaged archives.
 DAMAGE = (
@@ -33,8 +34,14 @@ def opened(file):
     methods = {member.compress_type for member in members} - set(METHODS)
     if methods:
         raise Refused(f"has members compressed by zip's method {min(methods)}. Unpack it and pack it again with zip.")
-    file.seek(0, 2)
-    total, size = sum(member.file_size for member in members), file.tell()
+    size = file.seek(0, 2)
+    file.seek(max(0, size - LONGEST_END))
+    end = file.read()
+    stated = int.from_bytes(end[end.rfind(END) + 10 :][:2], "little")
+    # zipfile does not compare: a damaged length in the directory makes other members part of a comment.
+    if stated not in (len(members), 2**16 - 1):  # the latter: the number is elsewhere
+        raise zipfile.BadZipFile(f"the directory has {len(members)} members of {stated}")
+    total = sum(member.file_size for member in members)
     if total > most(size):
         raise Refused(
             f"has {size} bytes that would unpack to {total}, more than weights compress to; refused. Get the file "

@@ -483,6 +483,16 @@ def test_a_damaged_header_of_an_array_is_told_where_the_checksum_is_right(tmp_pa
     assert "\n" not in str(caught.value)
 
 
+def test_members_that_a_damaged_directory_hides_are_missed(tmp_path):
+    np.savez(tmp_path / "weights.npz", a=KERNEL, b=KERNEL)
+    content = bytearray((tmp_path / "weights.npz").read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[directory + 32 : directory + 34] = b"\xff\xff"  # the length of the first member's comment
+    (tmp_path / "weights.npz").write_bytes(content)
+    with pytest.raises(UserError, match="the directory has 1 members of 2.* damaged"):
+        files.read(tmp_path / "weights.npz")
+
+
 @pytest.mark.parametrize("function", ["_weights", "_check_size", "_array"])
 @pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError])
 def test_an_error_of_the_reader_itself_is_not_told_as_damage(monkeypatch, function, error):
@@ -490,8 +500,9 @@ def test_an_error_of_the_reader_itself_is_not_told_as_damage(monkeypatch, functi
         raise error("of the reader")
 
     monkeypatch.setattr(files, function, fail)
-    with pytest.raises(error, match="of the reader"):
+    with pytest.raises(error, match="of the reader") as caught:
         files.read(DATA / "zip.pth")
+    assert caught.type is error  # a UserError is a ValueError, too
 
 
 def test_files_are_read_without_keras_tensorflow_or_torch():
