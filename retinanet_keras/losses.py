@@ -132,7 +132,7 @@ class ElementLoss(keras.losses.Loss):
     """A function of this module as a Keras loss, called (targets, predictions).
 
     Reduced as Keras's are ("sum_over_batch_size") unless `reduction` says otherwise; "none" gives the elements. Each
-    element counts for itself: `sample_weight` may have the predictions' shape, or leave out axes at the end. Computed
+    element counts for itself: `sample_weight` may have the predictions' shape, or lack axes at the end. Computed
     and reduced in float32 or above, whatever the mixed precision policy.
     """
 

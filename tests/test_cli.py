@@ -22,9 +22,9 @@ def run(lines, encoding="utf-8"):
 
 def test_names_in_errors_and_warnings_are_text():
     name = r"'\x1b[31m\udcff\u202e'"
-    status, _, errors = run([f"logging.warning('left out %s\\n- one', {name})", f"raise errors.UserError({name})"])
+    status, _, errors = run([f"logging.warning('ignored %s\\n- one', {name})", f"raise errors.UserError({name})"])
     shown = rb"\x1b[31m\xff\u202e"
-    assert status == 2 and errors == b"WARNING: left out " + shown + b"\n- one\nerror: " + shown + b"\n"
+    assert status == 2 and errors == b"WARNING: ignored " + shown + b"\n- one\nerror: " + shown + b"\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

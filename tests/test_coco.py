@@ -83,7 +83,7 @@ def test_keep_empty(load):
         load(only_crowd, keep_empty=False)
 
 
-def test_empty_because_of_what_was_left_out(load):
+def test_empty_because_of_ignored_boxes(load):
     content = tree()
     content["annotations"] = [
         {"id": 1, "image_id": 10, "category_id": 3, "bbox": [0, 0, 0, 5]},
@@ -103,7 +103,7 @@ def test_without_annotations(load, annotations):
     assert len(dataset) == 3 and dataset.boxes.shape == (0, 4) and dataset.offsets.tolist() == [0, 0, 0, 0]
 
 
-def test_unusable_boxes_are_left_out_with_one_warning(load, caplog):
+def test_unusable_boxes_are_ignored_with_one_warning(load, caplog):
     boxes = [
         [float("nan"), 0, 5, 5],
         [0, 0, float("inf"), 5],
@@ -126,7 +126,7 @@ def test_unusable_boxes_are_left_out_with_one_warning(load, caplog):
         assert part in record.getMessage()
 
 
-def test_boxes_beyond_all_numbers_are_left_out(load):
+def test_boxes_beyond_all_numbers_are_ignored(load):
     content = tree()
     content["annotations"] += [
         {"id": 100, "image_id": 20, "category_id": 3, "bbox": [1e308, 0, 1e308, 5]},
@@ -184,7 +184,7 @@ def test_a_clean_file_warns_of_nothing(load, caplog):
     assert not caplog.records
 
 
-def test_a_box_that_vanishes_in_float32_is_left_out(load):
+def test_a_box_that_vanishes_in_float32_is_ignored(load):
     content = changed(annotation=(0, {"bbox": [70.0, 2, 1e-9, 4]}))
     assert load(content).dropped["outside the image"] == 1
 

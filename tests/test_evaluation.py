@@ -138,7 +138,7 @@ def test_no_ground_truth_is_none(annotations, image_ids):
     json.dumps(metrics, allow_nan=False)
 
 
-def test_fields_that_tools_leave_out_are_filled_in():
+def test_fields_that_tools_omit_are_filled_in():
     annotations = truth([(1, 1, 0, 0, 100, 100), (1, 1, 200, 0, 10, 10)])
     for annotation in annotations["annotations"]:
         del annotation["id"]
@@ -163,7 +163,7 @@ def test_crowds_are_neither_missed_nor_counted():
     assert metrics["per_class"]["cell"]["ground_truth"] == 1
 
 
-def test_ground_truth_that_is_not_finite_is_left_out():
+def test_ground_truth_that_is_not_finite_is_ignored():
     annotations = truth([(1, 1, 0, 0, 100, 100), (1, 1, float("nan"), 0, 100, 100)])
     assert coco_metrics(annotations, found((1, 1, 0, 0, 100, 100, 0.5)))["AR100"] == pytest.approx(1.0)
 

@@ -70,7 +70,7 @@ def test_tensors_of_either_form_are_read(kind, shape):
     np.testing.assert_array_equal(tf.make_ndarray(type(packed).FromString(ours)), array)
 
 
-def test_values_left_out_repeat_the_last_and_faulty_tensors_are_refused():
+def test_omitted_values_repeat_the_last_and_faulty_tensors_are_refused():
     short = tf.make_tensor_proto(7, tf.int32, (2, 3))
     assert messages.to_array(messages.Tensor.FromString(short.SerializeToString())).tolist() == [[7] * 3] * 2
     strings = tf.make_tensor_proto([[b"a", b"b\x00"]])

@@ -1,7 +1,6 @@
 """The model: sizes and padding, the whole loss and its gradient against NumPy and a plain tape, detections, saving."""
 
 import dataclasses
-import inspect
 
 import keras
 import numpy as np
@@ -11,19 +10,7 @@ import tensorflow as tf
 from backends import numpy_of
 from keras import ops
 
-import retinanet_keras
-from retinanet_keras import (
-    RetinaNet,
-    boxes,
-    checkpoints,
-    detections,
-    fit_arguments,
-    load_config,
-    losses,
-    mining,
-    optimizers,
-    targets,
-)
+from retinanet_keras import RetinaNet, detections, losses, optimizers, targets
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig, TrainConfig
 from retinanet_keras.model import PAD_COLOR
@@ -592,115 +579,3 @@ def test_other_bad_arguments(small_model):
     for shape in ((64, 64, 3), (1, 64, 64), (1, 64, 64, 4), (1, 0, 64, 3)):
         with pytest.raises(ValueError, match="images: expected RGB images"):
             model.detect(np.zeros(shape, "uint8"))
-
-
-@pytest.mark.parametrize("name, value, instead", [
-    ("loss", "mse", "name classification_loss, box_loss, or both"),
-    ("loss", {"logits": keras.losses.BinaryCrossentropy()}, "name classification_loss, box_loss, or both"),
-    ("loss_weights", [1.0, 2.0], "give box_weight"),
-    ("loss_weights", np.ones(2), "give box_weight"),
-    ("metrics", ["accuracy"], "add the callback CocoMetrics"),
-    ("weighted_metrics", [keras.metrics.MeanSquaredError()], "add the callback CocoMetrics"),
-])  # fmt: skip
-def test_what_compile_cannot_honor_is_refused(small_model, name, value, instead):
-    model = small_model()
-    with pytest.raises(ValueError, match=f"^{name}: expected None, got .*{instead}"):
-        model.compile("sgd", **{name: value})
-    model.compile("sgd", **{name: None})
-    assert model.compiled
-
-
-def test_unknown_arguments_of_compile(small_model):
-    with pytest.raises(TypeError, match="normaliser"):
-        small_model().compile("sgd", normaliser="image")
-
-
-class Batches(keras.utils.PyDataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, _):
-        return IMAGES, TRUTH
-
-
-def test_class_weight_is_refused(small_model):
-    model = small_model()
-    model.compile("sgd")
-    for train in (
-        lambda **given: model.fit(IMAGES, TRUTH, **given),
-        lambda **given: model.fit(Batches(), **given),
-        lambda **given: model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH)), **given),
-        lambda **given: model.train_on_batch(IMAGES, TRUTH, **given),
-    ):
-        with pytest.raises(ValueError, match="class_weight: expected None, got {0: 2.0}.*sample_weight"):
-            train(class_weight={0: 2.0})
-    for train in (
-        lambda: model.train_on_batch(IMAGES, TRUTH, None, {0: 2.0}),
-        lambda: model.fit(IMAGES, TRUTH, 3, 1, 0, None, 0.0, None, True, {0: 2.0}),
-    ):
-        with pytest.raises(ValueError, match="class_weight: expected None, got {0: 2.0}"):
-            train()
-
-
-@pytest.mark.parametrize("given", [
-    WEIGHTS[:, None], np.ones((3, 2), "float32"), {"labels": WEIGHTS}, {"labels": WEIGHTS, "boxes": TRUTH["boxes"]},
-    {"labels": WEIGHTS, "boxes": None}, WEIGHTS[:1], WEIGHTS[0],
-])  # fmt: skip
-def test_weights_that_are_not_of_images_are_refused(given):
-    with pytest.raises(ValueError, match="sample_weight: expected one weight for each image.* for 3 images"):
-        fit_arguments.image_weights(given, 3)
-
-
-def test_every_way_to_train_refuses_weights_that_are_not_of_images(small_model):
-    model = small_model()
-    model.compile("sgd", run_eagerly=True)
-    for run in (
-        lambda: model.train_on_batch(IMAGES, TRUTH, WEIGHTS[:1]),
-        lambda: model.test_on_batch(IMAGES, TRUTH, WEIGHTS[:1]),
-        lambda: model.fit(tf.data.Dataset.from_tensors((IMAGES, TRUTH, WEIGHTS[:, None])), verbose=0),
-    ):
-        with pytest.raises(ValueError, match="sample_weight: expected one weight for each image"):
-            run()
-
-
-# The names others call
-
-
-def test_names_others_call():
-    def names(function):
-        return list(inspect.signature(function).parameters)
-
-    def keywords(function):
-        return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-
-    assert retinanet_keras.RetinaNet is RetinaNet and retinanet_keras.load_config is load_config
-    assert names(load_config) == ["path", "overrides"]
-    assert names(RetinaNet.__init__)[1:3] == ["num_classes", "backbone"]
-    assert inspect.signature(RetinaNet.__init__).parameters["backbone"].default == "resnet50"
-    made = keywords(RetinaNet.__init__)
-    assert (
-        made.items()
-        >= {"weights": None, "anchors": AnchorConfig(), "fpn_channels": 256, "head_depth": 4, "prior": 0.01}.items()
-    )
-    assert names(RetinaNet.compile)[1:4] == ["optimizer", "classification_loss", "box_loss"]
-    assert keywords(RetinaNet.compile)["jit_compile"] == "auto"
-    assert names(RetinaNet.detect)[1] == "images"
-    assert names(anchor_boxes) == ["height", "width", "config"]
-    assert names(boxes.iou) == ["a", "b"]
-    assert names(boxes.encode) == ["anchors", "boxes"]
-    assert names(boxes.decode) == ["anchors", "deltas"]
-    assert names(boxes.clip)[:3] == ["boxes", "height", "width"]
-    assert names(targets.assign)[:3] == ["anchors", "gt_boxes", "gt_labels"]
-    assert keywords(targets.assign) == {"positive_iou": 0.5, "negative_iou": 0.4, "low_quality": "detectron"}
-    assert str(inspect.signature(losses.cross_entropy)) == "(logits, targets, alpha=None)"
-    assert str(inspect.signature(losses.focal)) == "(logits, targets, alpha=0.25, gamma=2.0)"
-    assert str(inspect.signature(losses.focal_star)) == "(logits, targets, alpha=0.25, gamma=2.0, beta=1.0)"
-    assert str(inspect.signature(losses.hinge)) == "(logits, targets, alpha=None, threshold=0.5)"
-    assert str(inspect.signature(losses.smooth_l1)) == "(error, beta=0.11)"
-    assert names(detections.decode)[:6] == ["logits", "deltas", "anchors", "level_sizes", "height", "width"]
-    assert keywords(detections.decode).items() >= {
-        "score_threshold": 0.05, "pre_nms_top_k": 1000, "nms_iou": 0.5, "max_detections": 100
-    }.items()  # fmt: skip
-    assert list(keywords(mining.select)) == ["batch_size", "nms_iou", "ratio"]
-    assert names(mining.select)[:4] == ["losses", "anchors", "positive", "valid"]
-    assert names(checkpoints.load)[0] == "path"

@@ -133,11 +133,11 @@ def test_empty_results_make_a_page(tmp_path, objects):
     write_report(tmp_path / "report.html", coco_metrics(tree, []))
     reader = Reader((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "0 detections" in reader.text and ("no curves" in reader.text) == (not objects)
-    for left_out in ("Speed", "Worst images", "Best images"):
-        assert left_out not in reader.text
+    for absent in ("Speed", "Worst images", "Best images"):
+        assert absent not in reader.text
 
 
-def test_a_speed_that_was_not_measured_is_left_out(tmp_path, metrics):
+def test_a_speed_that_was_not_measured_is_absent(tmp_path, metrics):
     write_report(tmp_path / "report.html", metrics, speed={"network": 20.0})
     text = Reader((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert "forward pass" in text and "suppression" not in text and "per second" not in text

@@ -98,7 +98,7 @@ def test_a_truncated_image_stops_with_its_name_and_training_goes_on_when_mended(
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_left_out_and_counted_where_asked(tiny_config, data_dir, tmp_path, caplog):
+def test_unreadable_images_are_skipped_and_counted_where_asked(tiny_config, data_dir, tmp_path, caplog):
     broken = tmp_path / "broken"
     shutil.copytree(data_dir, broken)
     victims = sorted((broken / "images").glob("train_*"))[2:4]
@@ -109,7 +109,7 @@ def test_unreadable_images_are_left_out_and_counted_where_asked(tiny_config, dat
     )
     run.train(settings, tmp_path / "run")
     assert RunFolder(tmp_path / "run").log_rows()[-1]["step"] == 10
-    assert "2 unreadable images were left out of training" in caplog.text
+    assert "2 unreadable images were skipped in training" in caplog.text
     assert all(victim.name in caplog.text for victim in victims)
 
 

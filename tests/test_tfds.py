@@ -71,7 +71,7 @@ def test_voc_trains_on_its_boxes_and_difficult_ones_count_as_crowds(config):
     assert crowds == {(15, (1, 1, 39, 89)), (20, (30, 30, 60, 50))}
 
 
-def test_several_splits_make_one_and_images_without_boxes_are_left_out_where_asked(config):
+def test_several_splits_make_one_and_images_without_boxes_are_skipped_where_asked(config):
     both = sources.open_split(config, "train+validation")
     assert len(both) == 6 and len(set(both.image_ids)) == 6
     assert len(sources.open_split(config, "train", keep_empty=False)) == 2

@@ -106,7 +106,7 @@ def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, p
     np.testing.assert_array_equal(again(images)["logits"], model(images)["logits"])
 
 
-def test_a_float16_step_that_overflows_is_left_out_and_the_scale_halved(small_model):
+def test_a_float16_step_that_overflows_is_skipped_and_the_scale_halved(small_model):
     model = compiled(small_model, dtype="mixed_float16", check_finite=True)
     model.optimizer.build(model.trainable_variables)
     model.optimizer.dynamic_scale.assign(2.0**100)

@@ -78,7 +78,7 @@ class CocoDataset:
     boxes: np.ndarray  # float32 [M, 4], x1, y1, x2, y2 in pixels, clipped to the image
     labels: np.ndarray  # int32 [M], 0..K-1
     annotation_file: str
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> annotations of the file left out, crowds included
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> annotations of the file ignored, crowds included
     spans: np.ndarray | None = None  # int64 [N, 2], first byte and number of bytes in the file; None: whole files
     labelled: bool = True  # whether the JSON has annotations at all, be it none for these images
     max_pixels: int | None = None  # of an image that is decoded; None: any
@@ -148,14 +148,14 @@ def load(annotation_file, image_dir, *, keep_empty=True):
     warnings = [f"{w.count} {w.what}, such as {w.examples[0]}" for w in findings if w.level == rules.WARNING]
     if warnings:
         logger.warning(
-            "%s: left out %s. Run `python -m retinanet_keras inspect` for more.", annotation_file, "; ".join(warnings)
+            "%s: ignored %s. Run `python -m retinanet_keras inspect` for more.", annotation_file, "; ".join(warnings)
         )
     if not keep_empty:
         filled = np.flatnonzero(np.diff(dataset.offsets))
         if not len(filled):
             raise DataError(
                 f"{annotation_file}: none of its {len(dataset)} images has a usable box, and images without boxes are "
-                "left out (data.keep_empty is false). Check the annotations, or name another split."
+                "skipped (data.keep_empty is false). Check the annotations, or name another split."
             )
         dataset = dataset.subset(filled)
     return dataset

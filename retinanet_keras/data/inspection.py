@@ -185,13 +185,13 @@ def _text(report, config):
     """The report as a page of text."""
     lines = []
     for split, numbers in report["splits"].items():
-        left_out = ", ".join(f"{count} {reason}" for reason, count in numbers["left_out"].items()) or "none"
+        ignored = ", ".join(f"{count} {reason}" for reason, count in numbers["left_out"].items()) or "none"
         modes = ", ".join(f"{count} {mode}" for mode, count in numbers["image_modes"].items())
         lines += [
             f"{split}: {numbers['annotation_file']}",
             f"  {numbers['images']} images ({modes}), {numbers['images_without_boxes']} without boxes, "
             f"{numbers['exif_rotated']} with an EXIF rotation",
-            f"  {numbers['boxes']} boxes; left out: {left_out}",
+            f"  {numbers['boxes']} boxes; ignored: {ignored}",
             f"  IoU of the boxes with their best anchor, at data.short_side={config.data.short_side} and "
             f"anchors.size={config.anchors.size:g}:",
             f"  {'class (category id)':<{NAME}} {'boxes':>9} {f'{config.targets.positive_iou:g} or more':>16} "

@@ -38,7 +38,7 @@ def _found(paths):
             files = [p for p in named if p.is_file()]
             if len(files) < len(named):
                 other = next(p for p in named if not p.is_file())
-                logger.warning("%s: left out %d that are not regular files, such as %s", path,
+                logger.warning("%s: skipped %d that are not regular files, such as %s", path,
                                len(named) - len(files), other)  # fmt: skip
             if not files:
                 raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)})")

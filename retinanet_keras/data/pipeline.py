@@ -90,7 +90,7 @@ def training_batches(dataset, config, *, batch_size, seed, start=0, share=(0, 1)
         share: (index, count), which of `count` equal runs of each step's images this worker prepares.
         parts: batches that this share of a step is split into, in order, one for each of the worker's replicas.
         produced: a Python function of no arguments, called whenever a batch is ready; batches are prepared ahead.
-        skipped: a Python function of (index, message), called for each image left out, where `config.bad_images` is
+        skipped: a Python function of (index, message), called for each image skipped, where `config.bad_images` is
             "skip"; from any thread, ahead of the step, and again whenever it is that image's turn.
 
     Returns:

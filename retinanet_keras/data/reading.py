@@ -54,7 +54,7 @@ def replacing(read, dataset, bucket, seed, skipped=None):
     Args:
         read: as `example_reader` gives it.
         bucket: int [N], each image's.
-        skipped: a Python function of (index, message), called, from any thread, for each image left out.
+        skipped: a Python function of (index, message), called, from any thread, for each image skipped.
     """
     members = np.argsort(bucket, kind="stable")  # by bucket
     places = tf.constant(np.argsort(members))  # of each image among them

@@ -131,7 +131,7 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
 
     Returns:
         findings; of the M usable boxes the index of their image int64 [M] in increasing order, boxes float32 [M, 4]
-        (x1, y1, x2, y2, clipped), labels int32 [M]; and a dict from the reason to the number of boxes left out.
+        (x1, y1, x2, y2, clipped), labels int32 [M]; and a dict from the reason to the number of boxes ignored.
     """
     own, whole = _integers(rows, "id")
     image_of, _ = _integers(rows, "image_id", missing=-(2**63))
@@ -153,7 +153,7 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
     area = finite & (xywh[:, 2:] > 0).all(axis=1)
     inside = area & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
     box = sound & ~crowd
-    left_out = {
+    ignored = {
         CROWD: sound & crowd,
         NOT_FINITE: box & ~finite,
         NO_AREA: box & finite & ~area,
@@ -188,7 +188,7 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
     )  # fmt: skip
     for reason in (NOT_FINITE, NO_AREA, OUTSIDE):
         findings += find(
-            reason.replace(" ", "-"), WARNING, left_out[reason], tell("bbox"),
+            reason.replace(" ", "-"), WARNING, ignored[reason], tell("bbox"),
             f"boxes {reason}", "They are ignored in training, but count against AP. A `bbox` is [x, y, width, "
             "height] in pixels.",
         )  # fmt: skip
@@ -201,7 +201,7 @@ def check_annotations(rows, known_ids, image_ids, sizes, category_ids):
 
     kept = np.flatnonzero(box & inside)
     kept = kept[np.argsort(image[kept], kind="stable")]
-    dropped = {reason: int(mask.sum()) for reason, mask in left_out.items() if mask.any()}
+    dropped = {reason: int(mask.sum()) for reason, mask in ignored.items() if mask.any()}
     return findings, image[kept], clipped[kept], label[kept].astype(np.int32), dropped
 
 

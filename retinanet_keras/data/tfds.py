@@ -50,10 +50,10 @@ def open_split(config, split, *, keep_empty=True):
     Raises:
         DataError: naming what is missing.
     """
-    annotation_file, index, left_out = _prepare(config, split)
+    annotation_file, index, to_skip = _prepare(config, split)
     dataset = coco.load(annotation_file, config.dir, keep_empty=keep_empty)
     # In the order of ids: a training goes on as it was when the official file takes the place of the derived one.
-    dataset = dataset.subset([i for i in np.argsort(dataset.image_ids) if dataset.image_ids[i] not in left_out])
+    dataset = dataset.subset([i for i in np.argsort(dataset.image_ids) if dataset.image_ids[i] not in to_skip])
     order = np.argsort(index["image_ids"])
     place = np.searchsorted(index["image_ids"], dataset.image_ids, sorter=order)
     place = order[np.minimum(place, len(order) - 1)]  # [N]
@@ -63,7 +63,7 @@ def open_split(config, split, *, keep_empty=True):
             f"{annotation_file} lists {len(dataset)} images, of which the TFDS set {config.name} lacks {len(absent)} "
             f"in {split}, such as {absent[0]}. Are both of one release?"
         )
-    if keep_empty and len(dataset) + len(left_out) < len(order) and dataset.labelled:
+    if keep_empty and len(dataset) + len(to_skip) < len(order) and dataset.labelled:
         logger.warning("%s lists %d of the %d images in %s of %s", annotation_file, len(dataset), len(order), split,
                        config.name)  # fmt: skip
     files = [str(index["files"][i]) for i in index["file_of"][place]]
@@ -83,7 +83,7 @@ def _official(config, split):
 
 
 def _prepare(config, split):
-    """(annotation file, index of the images among which its own are, ids of images of the file to leave out)."""
+    """(annotation file, index of the images among which its own are, ids of the file's images to skip)."""
     builder, name, official = _builder(config), splits.OFFICIAL.get(split, split), _official(config, split)
     pools = POOLS.get(f"{builder.info.name}/{builder.builder_config.name if builder.builder_config else ''}", {})
     pool = pools.get(name, split)
@@ -251,8 +251,8 @@ def _annotations_of(objects, height, width, category_ids):
         if objects["label"][number] < 0:  # TFDS's "unknown"
             continue
         box = [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]
-        left_out = any(bool(objects[key][number]) for key in ("is_crowd", "is_difficult") if key in objects)
+        crowd = any(bool(objects[key][number]) for key in ("is_crowd", "is_difficult") if key in objects)
         yield {
             "category_id": category_ids[int(objects["label"][number])], "bbox": box,
-            "area": int(objects["area"][number]) if "area" in objects else box[2] * box[3], "iscrowd": int(left_out),
+            "area": int(objects["area"][number]) if "area" in objects else box[2] * box[3], "iscrowd": int(crowd),
         }  # fmt: skip

@@ -22,7 +22,7 @@ def percent(value):
 
 
 def results(place):
-    """{row: {seed: its result.json, with the losses logged}} of a table's folder; what is damaged is left out."""
+    """{row: {seed: its result.json, with the losses logged}} of a table's folder; damaged files are skipped."""
     found = {}
     for file in sorted(place.glob("*/*/result.json")):
         result = read_result(file)

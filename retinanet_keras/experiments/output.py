@@ -65,7 +65,7 @@ def _about(place, table, scale):
 
 
 def _cells(rows):
-    """(column heads, [[texts]]) for people: columns without a value are left out; the paper's begin with `paper`."""
+    """(column headings, [[texts]]) of the printed table, without empty columns; the paper's begin with `paper`."""
 
     def number(value, digits=1, sign=""):
         return "" if value is None else f"{value:{sign}.{digits}f}"

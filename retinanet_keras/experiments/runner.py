@@ -33,7 +33,7 @@ USER_ERROR = 2  # status of a command that ends with a UserError
 def run_table(table, scale, to, *, only=(), seeds=1, overrides=()):
     """Train what of a table is not done yet, for the first seed first; write the table after each row.
 
-    A row whose loss is no number any more has diverged: that is its result. It is not tried again.
+    A row whose loss becomes NaN or infinite has diverged: that is its result, and it is not trained again.
 
     Args:
         table: one of `tables.NAMES`.

@@ -47,7 +47,7 @@ def read(path):
     """The weights in a file: dict of name -> array, in the file's order.
 
     The format is recognised by content. `{"blobs": ...}`, `{"model": ...}` and `{"state_dict": ...}` are unwrapped,
-    what stands beside the weights is left out, and so are Detectron's `*_momentum` and DataParallel's "module.".
+    entries beside the weights are ignored, and so are Detectron's `*_momentum` and DataParallel's "module.".
     Arrays have the file's dtype in native byte order, but bfloat16 becomes float32; they are read-only, since they lie
     on what was read, without a copy where they can.
 

@@ -1,1 +1,1 @@
-"""What comes of detections: COCO's numbers, pictures and curves."""
+"""Evaluation and visualization: COCO metrics, pictures and curves."""

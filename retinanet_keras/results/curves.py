@@ -15,7 +15,7 @@ def training_curves(rows, path):
 
     Args:
         rows: dicts of log.csv: step, loss, classification_loss, box_loss, learning_rate and optionally AP, as numbers
-            or text; values that are missing, empty, or not finite are left out.
+            or text; values that are missing, empty, or not finite are skipped.
         path: of the picture.
     """
     steps = np.array([_number(row.get("step")) for row in rows], np.float64)  # [R]

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from retinanet_keras import storage
 from retinanet_keras.printable import printable
 
-# Okabe and Ito's colours, which people with any form of colour blindness can tell apart; black is left out, for
-# pictures are dark in places.
+# Okabe and Ito's colours, which people with any form of colour blindness can tell apart; without black,
+# because pictures have dark parts.
 PALETTE = (
     (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
 )  # fmt: skip
@@ -49,8 +49,8 @@ def draw_boxes(image, boxes, labels, names, scores=None, *, width=None):
     Args:
         image: uint8 [H, W, 3].
         boxes: [N, 4] absolute x1, y1, x2, y2. Parts outside the image are cut off; boxes wholly outside,
-            inverted or not finite are left out.
-        labels: [N] in 0..K-1, or None for boxes without a class. Rows of label -1 (padding) are left out.
+            inverted or not finite are ignored.
+        labels: [N] in 0..K-1, or None for boxes without a class. Rows of label -1 (padding) are ignored.
         names: K class names; a label past them is shown as its number.
         scores: [N] or None.
         width: of the lines, in pixels; by default it grows with the image.

@@ -113,7 +113,7 @@ def coco_metrics(annotations, results, *, image_ids=None, library="pycocotools")
 
 
 def format_metrics(metrics):
-    """The numbers of `coco_metrics` as a table for people; percentages, as the paper prints them."""
+    """The numbers of `coco_metrics` as a text table, in percent, as the paper prints them."""
     lines = [f"{name:>6} {_percent(metrics[name])}  {meaning}" for name, meaning in MEANINGS.items()]
     per_class = metrics.get("per_class") or {}
     if per_class:

@@ -45,7 +45,7 @@ class Records:
             image_id: the image's id in the annotations.
             boxes: [n, 4] absolute x1, y1, x2, y2 in pixels of the original image.
             scores: [n].
-            labels: [n] in 0..K-1; rows of label -1, the padding of `model.detect`, are left out.
+            labels: [n] in 0..K-1; rows of label -1, the padding of `model.detect`, are ignored.
             categories: data.coco.Categories.
 
         Raises:

@@ -51,7 +51,7 @@ def write_report(path, metrics, *, title="Evaluation", about=None, speed=None, b
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # The browser itself refuses whatever would reach beyond this file.
+        # The browser blocks every request to another file or host.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -186,7 +186,7 @@ def _pictures(pictures, end, images):
         f"<p>The images of the {'lowest' if end == 'worst' else 'highest'} F1, which is 2 found / (2 found + missed + "
         f"false) at IoU {images['iou']:g}, over detections with a score of {images['min_score']:.2f} or more: from "
         f"there on the F1 of all images together is highest{_overall(images)}. Images without objects and without such "
-        f'detections are left out.</p>\n<div class="pictures">{shown}</div>'
+        f'detections are not ranked.</p>\n<div class="pictures">{shown}</div>'
     )
 
 

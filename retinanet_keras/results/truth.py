@@ -29,7 +29,7 @@ class Truth:
 def read(annotations):
     """The Truth of a path to COCO's annotation JSON, or of its dict.
 
-    `id`, `area` and `iscrowd` of an annotation may be missing; boxes that are not finite are left out, as
+    `id`, `area` and `iscrowd` of an annotation may be missing; boxes that are not finite are ignored, as
     `data.coco.load` does, and boxes without area count as pycocotools counts them.
 
     Raises:

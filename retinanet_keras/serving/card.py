@@ -84,7 +84,7 @@ def describe(model, config, precision=None, metrics=None, run=True):
         config: the Config it is exported with.
         precision: of its convolutions; None: the model's own.
         metrics: {split: metrics, with the "weights" and "settings" of `identity`}. Those of other weights or settings
-            than the export's are left out; None: not measured.
+            than the export's are not shown; None: not measured.
         run: whether `config` is also that of its training.
     """
     settings, known = model.get_config(), identity(model, config)

@@ -22,7 +22,7 @@ LEAST_SCALE = 2.0**-10  # of a float16 loss; one that fell so far belongs to gra
 class Count(keras.callbacks.Callback):
     """Tells the checkpoints of each step, and starts the metrics anew after each row of the log; listed first.
 
-    All workers do, as resetting metrics takes all of them. A float16 step that the optimizer leaves out counts, too.
+    All workers do, as resetting metrics takes all of them. A float16 step that the optimizer skips counts, too.
     """
 
     def __init__(self, checkpoints, every):
@@ -90,7 +90,7 @@ class Log(keras.callbacks.Callback):
         else:
             self.waited += max(0.0, max(ready, default=0.0) - self.asked)
         norm = float(logs["gradient_norm"])
-        self.norms += norm if math.isfinite(norm) else 0.0  # of a float16 step that is left out it is not
+        self.norms += norm if math.isfinite(norm) else 0.0  # of a skipped float16 step it is not
         row = {name: float(logs[name]) for name in ("loss", "classification_loss", "box_loss", "positives")}
         row["learning_rate"] = float(self.model.optimizer.learning_rate)
         row["gradient_norm"] = self.norms / (step - self.start)

@@ -149,7 +149,7 @@ class RunFolder:
         return sorted(int(found[1]) for found in names if found)
 
     def log_rows(self):
-        """The rows of log.csv as dicts of numbers; empty cells and damaged lines are left out."""
+        """The rows of log.csv as dicts of numbers; empty cells and damaged lines are skipped."""
         return log_file.read(self.log_file)[0]
 
     def cut_log(self, step):

@@ -10,7 +10,7 @@ COLUMNS = (
 
 
 def read(path):
-    """The rows of a file as dicts of numbers, and how many of its lines are damaged. Empty cells are left out.
+    """The rows of a file as dicts of numbers, and how many of its lines are damaged. Empty cells are skipped.
 
     A file without its first line, which names the columns, has COLUMNS; a last line without its end was cut off by a
     kill or a full disk and is no damage.

@@ -18,7 +18,7 @@ AHEAD = 8  # steps whose images may be in preparation while one runs
 
 
 class Stream:
-    """The training images of a run, a pure function of the step; and the files it had to leave out."""
+    """The training images of a run, a pure function of the step; and the files that were skipped."""
 
     def __init__(self, dataset, config):
         self.dataset, self.config = dataset, config
@@ -39,17 +39,17 @@ class Stream:
         return next(iter(self.batches(step, None, (0, 1), 1)))
 
     def report(self):
-        """Tell how many files were left out."""
+        """Log how many files were skipped."""
         if self.skipped:
             logger.warning(
-                "%d unreadable images were left out of training (data.bad_images): %s%s",
+                "%d unreadable images were skipped in training (data.bad_images): %s%s",
                 len(self.skipped), ", ".join(list(self.skipped)[:5]), ", ..." if len(self.skipped) > 5 else "",
             )  # fmt: skip
 
     def _skip(self, index, message):
         file = self.dataset.name_of(index)
         if file not in self.skipped:
-            logger.warning("left out of training: %s: %s", file, message)
+            logger.warning("skipped in training: %s: %s", file, message)
         self.skipped[file] = message
 
 
@@ -76,10 +76,10 @@ def explained(stream, model, config, folder, checkpoints, signals):
         if strategies.is_chief(model.distribute_strategy):
             with contextlib.suppress(OSError):  # a full disk is not what this is about
                 fingerprint.allow_other_files(folder)
-        leave_out = ", or leave such files out with data.bad_images=skip" if config.data.bad_images == "stop" else ""
+        or_skip = ", or skip such files with data.bad_images=skip" if config.data.bad_images == "stop" else ""
         raise RunError(
             f"At step {step}: {'; '.join(problems[:5])}. The last checkpoint is {newest}. Replace the file by a "
-            f"whole one (`python -m retinanet_keras inspect` lists all such files){leave_out}; then run "
+            f"whole one (`python -m retinanet_keras inspect` lists all such files){or_skip}; then run "
             "the same command again: training goes on from there"
         ) from None
 

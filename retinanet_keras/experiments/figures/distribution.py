@@ -9,7 +9,7 @@ positive one. Ignored anchors have none. The FL of all terms sums to what traini
 plays no part, even where the run was trained with it.
 
 FL falls with x_t whatever gamma is, so that one order, by x_t, serves all of them: terms are counted and summed in fine
-bins of x_t. Memory does not grow with their number, none is left out, and sums at the bins' borders are exact.
+bins of x_t. Memory does not grow with their number, all are counted, and sums at the bins' borders are exact.
 """
 
 import json
