@@ -62,7 +62,8 @@ def detect(model, images, to, min_score):
         names = [categories.names[label] for label in labels]
         print(*table.rows(name, boxes, scores, names, min_score), sep="\n")
         pictures.write(to, name, pixels, boxes[shown], labels[shown], categories.names, scores[shown])
-    print(f"{len(files) - failed} pictures in {printable(to)}")
+    done = len(files) - failed
+    print(f"{done} picture{'s' if done != 1 else ''} in {printable(to)}")
     return int(failed > 0)
 
 

@@ -288,7 +288,7 @@ def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys,
     assert commands.detect(export, [images], tmp_path / "out", 0.3) == 1
     said = capsys.readouterr()
     assert "large.png has 1,681 pixels" in said.err and "frames.gif has 1,800 pixels by" in said.err
-    assert decoded == [sizes["small.png"]] and "1 pictures in" in said.out
+    assert decoded == [sizes["small.png"]] and "1 picture in" in said.out
 
 
 def test_an_export_that_was_cut_off_is_told(tiny_export, tmp_path):
