@@ -38,7 +38,7 @@ TABLE = (
     ("checkpoints",),
     ("data.rules",),
     ("data.coco",),
-    ("data.splits",),
+    ("data.splits", "data.image_formats"),
     ("data.tfds", "data.shapes"),
     ("data.headers",),
     ("data.bitmaps",),

@@ -20,8 +20,6 @@ from retinanet_keras.errors import UserError
 from retinanet_keras.printable import printable
 
 logger = logging.getLogger("retinanet_keras")
-# Those that are decoded, as Pillow calls them; its readers of others fail in ways of their own.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 
 
 class DataError(UserError):

@@ -5,7 +5,6 @@ import functools
 import io
 import math
 import os
-import struct
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from retinanet_keras.data import coco, rules, sources
+from retinanet_keras.data.image_formats import DAMAGE, IMAGE_FORMATS
 from retinanet_keras.data.rules import ERROR, NOTE, WARNING
 
 EXIF_ORIENTATION = 0x0112
-# What Pillow raises for damaged files.
-DAMAGE = (Image.DecompressionBombError, EOFError, OSError, SyntaxError, ValueError, struct.error)
 MISSING, SIXTEEN_BIT = "missing", "16-bit"
 CONVERTED = (
     ("L", "greyscale images", "They get three equal channels."),
@@ -46,7 +44,7 @@ def look_at(dataset, i):
     mode, rotated = "unknown", False
     with contextlib.suppress(*DAMAGE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(sources.encoded_image(dataset, i)), formats=coco.IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(sources.encoded_image(dataset, i)), formats=IMAGE_FORMATS) as image:
             layout = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, which becomes mode RGB
             mode = SIXTEEN_BIT if "16" in layout or image.mode.startswith("I") else image.mode
             if dataset.max_pixels is None or math.prod(image.size) <= dataset.max_pixels:  # else a PNG is decoded

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from retinanet_keras import storage
 from retinanet_keras.data import coco, splits
-from retinanet_keras.data.coco import IMAGE_FORMATS, DataError
+from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.image_formats import DAMAGE, IMAGE_FORMATS
 from retinanet_keras.errors import first_line
 
 logger = logging.getLogger("retinanet_keras")
@@ -208,7 +209,7 @@ def _go_through(builder, parts, derived):
                     try:
                         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:  # reads the header
                             width, height = image.size
-                    except (OSError, Image.DecompressionBombError) as error:
+                    except DAMAGE as error:
                         raise DataError(
                             f"{part.filename}: image {image_id} ({file_name}) cannot be read: {first_line(error)}. "
                             "Prepare the set again"

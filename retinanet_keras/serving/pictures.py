@@ -9,11 +9,10 @@ import numpy as np
 from PIL import Image
 
 from retinanet_keras.config import MAX_PIXELS
-from retinanet_keras.data.coco import IMAGE_FORMATS, DataError
+from retinanet_keras.data.coco import DataError
+from retinanet_keras.data.image_formats import DAMAGE, IMAGE_FORMATS
 from retinanet_keras.errors import UserError
 from retinanet_keras.results import draw
-
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a damaged one
 
 
 def read(path):
@@ -27,7 +26,7 @@ def read(path):
             found = image.width * image.height
             if found <= MAX_PIXELS:
                 return np.asarray(image.convert("RGB"))
-    except UNREADABLE as error:
+    except DAMAGE as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from None
     raise DataError(
         f"{path} has {found:,} pixels by its header, more than the {MAX_PIXELS:,} that exports take by default. Make "
@@ -41,7 +40,7 @@ def size_of(encoded):
         with _opened(io.BytesIO(encoded)) as image:
             if not (image.format == "GIF" and image.is_animated):  # it is not of the frames
                 return image.size[::-1]
-    except UNREADABLE:
+    except DAMAGE:
         pass  # the server says what is wrong with it
     return np.inf, np.inf
 
