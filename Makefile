@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo check test test-slow test-kernels test-backends lint lock clean
 
 # Tests of one file share what they build; tracing graphs keeps one core busy.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Files that have the marker `check`; to add one, mark it. The others are not even imported.
 QUICK := $(shell grep --files-with-matches "^pytestmark = pytest.mark.check" tests/test_*.py)
 MATHS := $(patsubst %,tests/test_%.py,boxes nms losses mining anchors targets detections properties subnets backends)

@@ -162,19 +162,20 @@ def finished(tiny_config, data_dir, made_once):
 
 
 @pytest.fixture(scope="session")
-def tiny_export(small_model, tmp_path_factory):
+def tiny_export(small_model, made_once):
     """The base path of a SavedModel that finds many things in 64-pixel canvases; not to be changed."""
     import numpy as np
 
     from retinanet_keras.config import config_from_dict
     from retinanet_keras.serving import export
 
-    categories = [{"label": i, "id": 2 * i + 5, "name": name} for i, name in enumerate(("cat", "dog", "größe"))]
-    model = small_model(prior=0.3, categories=categories, norm="group")
-    rng = np.random.default_rng(0)
-    for subnet in (model.class_subnet, model.box_subnet):  # from the initial sigma .01 all scores would be equal
-        kernel = subnet.final.kernel
-        kernel.assign(rng.normal(0, 0.2, kernel.shape))
-    base_path = tmp_path_factory.mktemp("served")
-    export.export_model(model, config_from_dict({"data": {"short_side": 64, "max_side": 96}}), base_path)
-    return base_path
+    def make(folder):
+        categories = [{"label": i, "id": 2 * i + 5, "name": name} for i, name in enumerate(("cat", "dog", "größe"))]
+        model = small_model(prior=0.3, categories=categories, norm="group")
+        rng = np.random.default_rng(0)
+        for subnet in (model.class_subnet, model.box_subnet):  # from the initial sigma .01 all scores would be equal
+            kernel = subnet.final.kernel
+            kernel.assign(rng.normal(0, 0.2, kernel.shape))
+        export.export_model(model, config_from_dict({"data": {"short_side": 64, "max_side": 96}}), folder)
+
+    return made_once("served", make)[0]

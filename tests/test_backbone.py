@@ -126,7 +126,8 @@ def test_wrong_names_are_refused():
 
 @pytest.mark.parametrize("name, stride_in, expected", [
     ("resnet50", None, {"conv1": 2, "conv2": 1}), ("resnet50", "1x1", {"conv1": 2, "conv2": 1}),
-    ("resnet50", "3x3", {"conv1": 1, "conv2": 2}), ("resnext101_32x8d", None, {"conv1": 1, "conv2": 2}),
+    ("resnet50", "3x3", {"conv1": 1, "conv2": 2}),
+    pytest.param("resnext101_32x8d", None, {"conv1": 1, "conv2": 2}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_stride_is_in(name, stride_in, expected):
     model = backbones.resnet(name, stride_in=stride_in)

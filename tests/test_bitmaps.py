@@ -114,6 +114,7 @@ def test_masks_in_the_usual_order_are_read():
     np.testing.assert_array_equal(decode(masked), np.asarray(image)[..., :3])
 
 
+@pytest.mark.slow
 def test_an_export_decodes_palettes_too(tiny_export):
     loaded = tf.saved_model.load(str(export.find(tiny_export)))
     colors = picture(60, 80).quantize(200)

@@ -249,10 +249,10 @@ def whole(make, num_classes):
 
 
 ENTRIES = [
-    (foreign.detectron, "res4_2_branch2a_w"), (foreign.detectron2, "head.cls_score.weight"),
-    (foreign.torchvision_v1, "backbone.fpn.inner_blocks.0.0.weight"),
-]  # fmt: skip
+    (foreign.detectron2, "head.cls_score.weight"),
+]
 MORE_ENTRIES = [
+    (foreign.detectron, "res4_2_branch2a_w"), (foreign.torchvision_v1, "backbone.fpn.inner_blocks.0.0.weight"),
     (foreign.detectron, "retnet_cls_conv_n1_fpn3_w"), (foreign.detectron, "retnet_cls_pred_fpn3_w"),
     (foreign.detectron, "conv1_w"), (foreign.detectron2, "backbone.bottom_up.res4.2.conv1.weight"),
     (foreign.detectron2, "head.cls_subnet.2.weight"), (foreign.detectron2, "backbone.fpn_lateral5.weight"),

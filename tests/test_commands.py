@@ -56,8 +56,12 @@ def run_copy(finished, tmp_path):
         ),
         (["train.py", "--config", "configs/shapes.json", "--set", "version=99"], "Upgrade retinanet_keras"),
         (["train.py", "--config", "README.md"], "is not valid JSON: line 1"),
-        (["evaluate.py", "--split", "minival"], "There is no run in runs/r101_800. Train it first: python train.py"),
-        pytest.param(  # it imports TensorFlow, as the next one does
+        pytest.param(  # it imports TensorFlow, as the next ones do
+            ["evaluate.py", "--split", "minival"],
+            "There is no run in runs/r101_800. Train it first: python train.py",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["-m", "retinanet_keras", "detect", "--model", "nowhere", "README.md", "--to", "x"],
             "neither a run's folder",
             marks=pytest.mark.slow,
@@ -144,6 +148,7 @@ def test_evaluate_refuses_what_does_not_fit(run_copy):
         evaluate("c.json", workdir=run_copy, split="moon", export=run_copy / "export")
 
 
+@pytest.mark.slow
 def test_export_makes_the_next_version(run_copy, tmp_path, capsys):
     assert commands.export(tmp_path / "served", run_copy) == 0
     assert commands.export(tmp_path / "served", run_copy) == 0
@@ -231,6 +236,7 @@ def test_detect_takes_any_name_and_no_giant(small_model, tmp_path, capsys):
     assert len(list((tmp_path / "out").iterdir())) == len(names)
 
 
+@pytest.mark.slow
 def test_detect_prints_the_same_table_for_a_run_and_its_export(run_copy, tmp_path, capsys):
     image = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 60, 3), "uint8")).save(image)
@@ -261,6 +267,7 @@ def big_png(path, side=20_000):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b""))
 
 
+@pytest.mark.slow
 def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys, monkeypatch):
     """What is larger is told by its header and not decoded."""
     export = shutil.copytree(tiny_export, tmp_path / "served")

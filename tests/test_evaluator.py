@@ -162,6 +162,7 @@ def test_coco_metrics_in_fit_are_those_of_the_annotations(finished):
     assert "val_AP" in seen[0] and monitor.metrics["counts"]["objects"] == expected["counts"]["objects"]
 
 
+@pytest.mark.slow
 def test_coco_metrics_come_into_the_logs_of_fit_every_so_many_epochs(small_model):
     model = small_model()
     model.compile("sgd")

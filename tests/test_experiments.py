@@ -348,6 +348,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, capsys):
     assert f"diverged: 1 of 1, in step {result['diverged']}" in (tmp_path / "1b/table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_other_failures_are_no_result(tmp_path):
     (tmp_path / "data").write_text("in the way")
     with pytest.raises(UserError, match="3 ce, seed 0.* status 2 and said: error: .*is a file.*it goes on"):
@@ -487,6 +488,7 @@ def test_models_are_timed_in_turn():
     assert called == list("ababab") and all(ms >= 0 for ms in times.values())
 
 
+@pytest.mark.slow
 def test_times_of_table_1e(tmp_path):
     """Measured with models of a hundredth of the size on images of an eighth; the table's by hand."""
     small = {"width": 8, "fpn_channels": 8, "head_depth": 0}

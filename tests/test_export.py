@@ -44,6 +44,11 @@ def saved(model, tmp_path_factory):
     return export.export_model(model, CONFIG, tmp_path_factory.mktemp("export"))
 
 
+@pytest.fixture(scope="module")
+def loaded(saved):
+    return tf.saved_model.load(str(saved))
+
+
 def picture(size, seed=0):
     rng = np.random.default_rng([seed, *size])
     return np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), "uint8")).resize(size[::-1], Image.BICUBIC))
@@ -73,7 +78,7 @@ def first(outputs):
     return {name: np.asarray(value)[0] for name, value in outputs.items()}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES[:2], *(pytest.param(size, marks=pytest.mark.slow) for size in SIZES[2:])])
 def test_images_signature_equals_the_runs_own_path(model, saved, size):
     detect, categories = detector.of_export(saved)
     image = picture(size)
@@ -93,13 +98,13 @@ def test_a_batch_of_images_equals_its_images(model, saved):
         assert_same({name: value[i] for name, value in found.items()}, own_path(model, image))
 
 
-def test_bytes_of_mixed_sizes_and_formats_in_one_batch(model, saved):
+def test_bytes_of_mixed_sizes_and_formats_in_one_batch(model, loaded):
     encoded, pictures = [], [picture(size) for size in SIZES]
     for image, kind in zip(pictures, ("PNG", "BMP", "PNG", "WEBP"), strict=True):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, kind, lossless=True)
         encoded.append(buffer.getvalue())
-    found = tf.saved_model.load(str(saved)).signatures["serving_bytes"](image_bytes=tf.constant(encoded))
+    found = loaded.signatures["serving_bytes"](image_bytes=tf.constant(encoded))
     for i, image in enumerate(pictures):
         assert_same({name: value.numpy()[i] for name, value in found.items()}, own_path(model, image))
 
@@ -148,7 +153,7 @@ def test_session_loader_in_a_process_with_tensorflow_alone(model, saved, tmp_pat
 
 
 EMPTY = """
-import sys, keras, numpy as np, tensorflow as tf
+import sys, numpy as np, tensorflow as tf
 signatures = tf.saved_model.load(sys.argv[1]).signatures
 answers = [signatures["serving_default"](images=tf.zeros([0, 50, 70, 3], tf.uint8)),
            signatures["serving_bytes"](image_bytes=tf.zeros([0], tf.string))]
@@ -171,6 +176,9 @@ for found in answers:
         **{name: (100,) for name in ("scores", "labels", "category_ids", "names")}, "boxes": (100, 4),
         "num_detections": ()}
     assert {value.shape[0] for value in found.values()} == {0}
+"""
+EMPTY_FOR_MODEL = """
+import keras, numpy as np, tensorflow as tf
 from conftest import five_convolutions
 from retinanet_keras import RetinaNet
 model = RetinaNet(2, five_convolutions(), fpn_channels=16, head_depth=1)
@@ -182,16 +190,19 @@ for found, count in [(model.detect(none), 0), (model.predict_on_batch(none), 0),
 """
 
 
-def test_an_empty_batch_has_no_detections(saved):
+@pytest.mark.parametrize(
+    "code", [EMPTY, pytest.param(EMPTY_FOR_MODEL, marks=pytest.mark.slow)], ids=["export", "model"]
+)
+def test_an_empty_batch_has_no_detections(saved, code):
     """With oneDNN, whose convolutions fail on one; whether it is used is decided when TensorFlow starts."""
     places = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     env = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1", "PYTHONPATH": os.pathsep.join(places)}
-    done = subprocess.run([sys.executable, "-c", EMPTY, str(saved)], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_bad_bytes_are_an_invalid_argument(saved):
-    signature = tf.saved_model.load(str(saved)).signatures["serving_bytes"]
+def test_bad_bytes_are_an_invalid_argument(loaded):
+    signature = loaded.signatures["serving_bytes"]
     for bad in (b"", b"not an image", b"\xff\xd8\xff\xe0 cut"):
         with pytest.raises(tf.errors.InvalidArgumentError):
             signature(image_bytes=tf.constant([bad]))
@@ -256,6 +267,7 @@ def test_the_folded_model_finds_what_the_model_finds(small_model, settings):
         np.testing.assert_array_equal(weight.numpy(), old)
 
 
+@pytest.mark.slow
 def test_a_keras_backbone_runs_as_it_is(tmp_path):
     inputs = keras.Input((None, None, 3))
     outputs, x = {}, keras.layers.Conv2D(8, 3, 4, "same")(inputs)
@@ -288,6 +300,7 @@ def test_bfloat16_is_timed_against_float32():
     assert 0.05 < inference.bfloat16_time(side=128, turns=2) < 500
 
 
+@pytest.mark.slow
 def test_bfloat16_is_an_export_of_half_the_size_with_nearly_the_same_scores(model, saved, tmp_path):
     small = export.export_model(model, CONFIG, tmp_path, precision="bfloat16")
     image = picture(SIZES[0])[None]
@@ -299,8 +312,7 @@ def test_bfloat16_is_an_export_of_half_the_size_with_nearly_the_same_scores(mode
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_the_warm_up_requests_run(saved):
-    loaded = tf.saved_model.load(str(saved))
+def test_the_warm_up_requests_run(saved, loaded):
     logs = [
         prediction_log_pb2.PredictionLog.FromString(record.numpy())
         for record in tf.data.TFRecordDataset(str(saved / "assets.extra/tf_serving_warmup_requests"))

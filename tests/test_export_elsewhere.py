@@ -141,6 +141,7 @@ def test_tf_servings_loader_in_cpp(trained, saved, picture, program, tmp_path):
         assert_same((rows[:, 0], rows[:, 1], rows[:, 2:]), own_path(trained, image))
 
 
+@pytest.mark.slow
 def test_tf_servings_loader_in_cpp_with_no_images(saved, program, tmp_path):
     """And with oneDNN, whose convolutions fail on an empty batch."""
     (tmp_path / "pixels").touch()
@@ -162,6 +163,7 @@ def run_in_session(saved, signature, value, config=None):
     ]
 
 
+@pytest.mark.slow
 def test_the_session_loader_with_mixed_sizes_in_a_batch_and_alone(trained, saved, picture):
     images = [picture(size) for size in SIZES]
     for found, image in zip(run_in_session(saved, "serving_bytes", [as_png(i) for i in images]), images, strict=True):

@@ -255,7 +255,7 @@ def test_what_a_box_needs_depends_on_low_quality(dataset, low_quality, level):
 def test_best_iou_is_that_of_all_anchors(rounding, levels):
     """Of boxes anywhere, at the border, without area, and of an anchor's own place and size; canvases mixed."""
     rng = np.random.default_rng(0)
-    canvases = [(96, 160), (160, 96), (32, 32), (416, 672), (800, 1056)]  # of 128 the last level has partial cells
+    canvases = [(96, 160), (160, 96), (32, 32), (416, 672)]  # of 128 the last level has partial cells
     settings = [{"offset": offset} for offset in (0.0, 0.2, 0.5, 1.0)]
     settings.append({"offset": 0.0, "size": 2.5, "scales": 2, "ratios": (0.3, 1.0, 4.0)})
     for config in (AnchorConfig(rounding=rounding, levels=levels, **values) for values in settings):

@@ -209,6 +209,11 @@ def test_batches_from_a_later_step_are_those_of_an_uninterrupted_run(dataset, ch
     assert_equal_batches(batches(dataset, config, 3, start=4), batches(dataset, config, 7)[4:])
 
 
+def test_a_batch_that_does_not_divide_is_refused(dataset):
+    with pytest.raises(ConfigError, match="train.batch_size: 6 images .* expected a multiple of 4"):
+        pipeline.training_batches(dataset, settings(), batch_size=6, seed=0, share=(0, 2), parts=2)
+
+
 @pytest.mark.parametrize(
     ("workers", "parts"),
     [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow), (2, 2)],

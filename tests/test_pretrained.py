@@ -48,6 +48,7 @@ def test_as_many_weights_as_keras_applications(application):
     assert ours.count_params() == application.count_params() - biases
 
 
+@pytest.mark.slow
 def test_the_stem_takes_another_division_of_pixels(application):
     image = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3)).astype("float32") - np.float32(backbones.MEAN)
     outputs = []

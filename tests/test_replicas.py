@@ -90,6 +90,7 @@ def test_four_replicas_train_as_one(tmp_path):
     check_equal(tmp_path, 4, norm="group", normalizer="minibatch", jit=False)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_is_not_trained_on_several_replicas(tmp_path):
     command = [sys.executable, str(HERE / "replicas.py"), '{"replicas": 2, "norm": "batch"}', str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
@@ -119,6 +120,7 @@ def test_workers_need_a_tf_config(monkeypatch, tf_config):
         strategies.make(StrategyConfig(kind="workers"), 16)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     """In a process of its own, whose CPU becomes three devices."""
     command = "train.py --config configs/shapes.json --set model.norm=group strategy.kind=mirrored strategy.replicas=3"

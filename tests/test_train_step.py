@@ -81,10 +81,9 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
         assert not all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
 
 
-@pytest.mark.parametrize(
-    "norm", [None, *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("group", "batch", "frozen"))]
-)
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [None, "group", "batch", "frozen"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, policy, norm, tmp_path):
     images, truth = batch()
     of_resnet = {"norm": norm} if norm else {}
@@ -135,7 +134,8 @@ def test_the_optimizer_of_a_configuration_takes_the_step(small_model):
         np.testing.assert_allclose(variable.numpy(), old - 0.01 * gradient, atol=2e-7, err_msg=variable.path)
 
 
-@pytest.mark.parametrize("settings", [{}, pytest.param({"norm": "batch"}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"norm": "batch"}])
 def test_several_steps_per_execution_are_the_same_steps(small_model, settings):
     """Seven, by three."""
     data = tf.data.Dataset.from_tensors(batch()).repeat(7)
@@ -151,6 +151,7 @@ def test_several_steps_per_execution_are_the_same_steps(small_model, settings):
         np.testing.assert_allclose(by_one, by_three, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_run_eagerly_runs_the_loss_as_python_at_every_step(small_model):
     images, truth = batch()
     expected = compiled(small_model).train_on_batch(images, truth, return_dict=True)

@@ -123,6 +123,7 @@ def training_batches(dataset, config, *, batch_size, seed, start=0, share=(0, 1)
     read = reading.example_reader(dataset, halvings)
     replaced = reading.replacing(read, dataset, bucket, seed, skipped)
 
+    @tf.autograph.experimental.do_not_convert
     def prepare(index, sample):
         if config.bad_images == "skip":
             index, image, truth = replaced(index, sample)
@@ -243,6 +244,7 @@ def inference_batches(dataset, plan, config=None):
     counts = tf.constant([len(indices) for indices in plan], tf.int64)
     read = reading.example_reader(dataset)
 
+    @tf.autograph.experimental.do_not_convert
     def prepare(index, batch):
         image, truth = read(index)
         pixels, size, scale = image, tf.shape(image)[:2], 1.0

@@ -66,6 +66,7 @@ def replacing(read, dataset, bucket, seed, skipped=None):
         if skipped is not None:
             problems = sources.unusable_images(dataset, [index]) or [f"{dataset.name_of(index)} could not be read"]
             skipped(int(index), problems[0])
+        return index
 
     def candidates(index, sample):
         seeds = tf.stack([tf.cast(seed, tf.int64), -1 - sample])  # augmentation has [seed, sample]
@@ -78,8 +79,8 @@ def replacing(read, dataset, bucket, seed, skipped=None):
         tried = candidates(index, sample)  # [1 + REPLACEMENTS]
 
         def attempt(number):
-            if number > 0:  # then the one before has failed
-                tf.numpy_function(tell, [tried[number - 1]], [])
+            failed = number > 0  # the one before, then
+            tf.cond(failed, lambda: tf.numpy_function(tell, [tried[number - 1]], tf.int64), lambda: tried[0])
             return tried[number], *read(tried[number])
 
         # A graph has no `except`; a dataset has, and asks for an element only when those before it have failed.

@@ -14,6 +14,7 @@ from retinanet_keras.serving import inference
 from retinanet_keras.training.fingerprint import fingerprint
 
 PARTS = ("input", "network", "post_processing")  # of the time of an image
+BATCH = [tf.TensorSpec([None, None, None, 3], tf.uint8), tf.TensorSpec([None, 2], tf.int32)]  # images and their sizes
 
 
 def detect_split(model, dataset, config, *, folded=True, **how):
@@ -75,9 +76,13 @@ def _by_model(model, folded, dataset, data, plan):
     mirrored = type(strategy) is tf.distribute.MirroredStrategy
     replicas = strategy.num_replicas_in_sync if mirrored else 1
 
-    def on_all(function):
-        run = (lambda *args: strategy.run(function, args=args)) if mirrored else function
-        return tf.function(run, reduce_retracing=True, autograph=False)
+    def on_all(first, second):
+        if mirrored:
+            runs = (lambda *args, f=f: strategy.run(f, args=args) for f in (first, second))
+            return [tf.function(run, reduce_retracing=True, autograph=False) for run in runs]
+        network = tf.function(first, input_signature=BATCH, autograph=False)  # one trace serves every canvas
+        outputs = tf.nest.map_structure(tf.TensorSpec.from_tensor, network.get_concrete_function().structured_outputs)
+        return network, tf.function(second, input_signature=[outputs, *BATCH], autograph=False)
 
     def give(values):
         if not mirrored:
@@ -94,12 +99,10 @@ def _by_model(model, folded, dataset, data, plan):
     if folded:
         # Among workers a variable made in the strategy's scope would wait for the others.
         with strategy.scope() if mirrored else contextlib.nullcontext():
-            graphs = [on_all(half) for half in inference.halves(model)]
+            network, decode = on_all(*inference.halves(model))
     else:  # kept: a training evaluates again and again
-        graphs = model.evaluation_graphs = model.evaluation_graphs or [
-            on_all(half) for half in (model.outputs_in_graph, model.decode_in_graph)
-        ]
-    network, decode = graphs
+        model.evaluation_graphs = model.evaluation_graphs or on_all(model.outputs_in_graph, model.decode_in_graph)
+        network, decode = model.evaluation_graphs
     batches, seen = iter(pipeline.inference_batches(dataset, plan, data)), set()
     clock = _Clock()
     while group := list(itertools.islice(batches, replicas)):
