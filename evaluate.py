@@ -2,7 +2,7 @@
 
 import argparse
 
-from retinanet_keras.cli import import_tensorflow, run_command
+from retinanet_keras.cli.process import import_tensorflow, run_command
 
 
 def main():
@@ -19,7 +19,7 @@ def main():
     what.add_argument("--results", metavar="FILE", help="detections in COCO's results format; needs no run")
     args = parser.parse_args()
     import_tensorflow()
-    from retinanet_keras.evaluate import evaluate
+    from retinanet_keras.cli.evaluate import evaluate
 
     evaluate(args.config, args.workdir, args.split, args.set, args.weights, args.export, args.results)
 

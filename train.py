@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from retinanet_keras import runtime
-from retinanet_keras.cli import import_tensorflow, run_command
+from retinanet_keras.cli.process import import_tensorflow, run_command
 from retinanet_keras.config import load_config
 
 

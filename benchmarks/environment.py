@@ -55,16 +55,16 @@ def training_steps(name, folder, bccd):
     import tensorflow as tf
 
     from retinanet_keras.config import load_config
-    from retinanet_keras.data import sources
-    from retinanet_keras.training.folder import build_model
-    from retinanet_keras.training.stream import Stream
+    from retinanet_keras.data import dataset_formats
+    from retinanet_keras.training.batches import Stream
+    from retinanet_keras.training.build import build_model
 
     overrides = [f"data.dir={bccd}"] if name == BCCD and bccd else [f"data.dir={folder}/shapes"]
     if name == BCCD and not bccd:
         overrides += ["data.source=shapes"]
     config = load_config(ROOT / f"configs/{name}.json", overrides)
     keras.utils.set_random_seed(0)
-    train_set = sources.open_split(config.data, config.data.train_split, keep_empty=config.data.keep_empty)
+    train_set = dataset_formats.open_split(config.data, config.data.train_split, keep_empty=config.data.keep_empty)
     model = build_model(config, train_set.categories, None)
     model.optimizer.build(model.trainable_variables)
     step = tf.function(model.train_step, reduce_retracing=True)

@@ -84,8 +84,8 @@ def plain(folder):
 def ours(folder, library):
     """(seconds, the 12 numbers) from detections in memory to the files."""
     from retinanet_keras.data.coco import Categories
-    from retinanet_keras.results import evaluation
-    from retinanet_keras.results.records import Records
+    from retinanet_keras.evaluation import coco_metrics
+    from retinanet_keras.evaluation.results import Records
 
     rng = np.random.default_rng(SEED)
     drawn = objects(rng)
@@ -95,15 +95,15 @@ def ours(folder, library):
     records = Records()
     for i, one in enumerate(found):
         records.append(i, *one, categories)
-    evaluation.write_results(folder / "results.json", records)
+    coco_metrics.write_results(folder / "results.json", records)
     written = time.perf_counter()
-    metrics = evaluation.coco_metrics(folder / "truth.json", folder / "results.json", library=library)
-    evaluation.write_metrics(folder / "metrics.json", metrics)
+    metrics = coco_metrics.coco_metrics(folder / "truth.json", folder / "results.json", library=library)
+    coco_metrics.write_metrics(folder / "metrics.json", metrics)
     ended = time.perf_counter()
     print(
         f"{library}: {written - began:.1f} s to results.json, {ended - written:.1f} s to metrics.json", file=sys.stderr
     )
-    return ended - began, [metrics[name] for name in evaluation.METRICS]
+    return ended - began, [metrics[name] for name in coco_metrics.METRICS]
 
 
 def peak_mb():

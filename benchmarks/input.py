@@ -34,7 +34,7 @@ import tensorflow as tf
 from PIL import Image
 
 from retinanet_keras.config import config_from_dict, load_config
-from retinanet_keras.data import coco, pipeline, reading, sources
+from retinanet_keras.data import canvas, coco, dataset_formats, examples, training_batches
 from retinanet_keras.data.buckets import TrainingOrder
 
 BATCH, SEED = 16, 0  # §4.1: 16 images per minibatch
@@ -74,20 +74,22 @@ def generated(folder, sizes, boxes=7):
 
 
 def parallel(dataset, config, batch_size=BATCH):
-    return pipeline.training_batches(dataset, config, batch_size=batch_size, seed=SEED)
+    return training_batches.training_batches(dataset, config, batch_size=batch_size, seed=SEED)
 
 
 def plain(dataset, config):
     """The same batches as a newcomer to tf.data would write it: one image after the other."""
-    canvases, bucket = pipeline.training_canvases(dataset.sizes, config)
+    canvases, bucket = training_batches.training_canvases(dataset.sizes, config)
     order = TrainingOrder(bucket, BATCH, SEED)
     indices = np.concatenate([order.epoch(number).reshape(-1) for number in range(20)])
     canvas_of, size_of = tf.constant(canvases[bucket]), tf.constant(dataset.sizes)
-    read = reading.example_reader(dataset)
+    read = examples.example_reader(dataset)
 
     def prepare(index, sample):
         image, truth = read(index)
-        return pipeline.augment(image, size_of[index], truth, canvas_of[index], config, tf.stack([SEED, sample]))
+        return training_batches.augment(
+            image, size_of[index], truth, canvas_of[index], config, tf.stack([SEED, sample])
+        )
 
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -151,11 +153,11 @@ def peak_mb_of_own_process(name, folder, arguments):
 
 def waste(sizes, config):
     """{canvases: (their shapes, share of their pixels that is padding)}."""
-    content = pipeline.resized(sizes, config.short_side, config.max_side)[0].numpy().astype("int64")
-    side = int(pipeline.padded(content.max()))
+    content = canvas.resized(sizes, config.short_side, config.max_side)[0].numpy().astype("int64")
+    side = int(canvas.padded(content.max()))
     shares = {"a square": ([[side, side]], 1 - content.prod(axis=1).sum() / (len(sizes) * side**2))}
     for count in (1, 2, 3):
-        canvases, bucket = pipeline.training_canvases(sizes, dataclasses.replace(config, buckets=count))
+        canvases, bucket = training_batches.training_canvases(sizes, dataclasses.replace(config, buckets=count))
         pixels = canvases[bucket].astype("int64").prod(axis=1).sum()
         shares[f"buckets={count}"] = (canvases.tolist(), 1 - content.prod(axis=1).sum() / pixels)
     return shares
@@ -165,7 +167,7 @@ def inputs(arguments, folder):
     """(dataset, DataConfig, dataset for reduced decoding)."""
     if arguments.data:
         config = load_config(arguments.data, arguments.set).data
-        dataset = sources.open_split(config, config.train_split, keep_empty=config.keep_empty)
+        dataset = dataset_formats.open_split(config, config.train_split, keep_empty=config.keep_empty)
         return dataset, config, dataset
     sizes = [size for size, count in MIX.items() for _ in range(count)]
     return generated(folder, sizes), config_from_dict({}).data, generated(folder, [LARGE] * 8)

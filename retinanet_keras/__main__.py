@@ -4,8 +4,10 @@ import argparse
 import zipfile
 from pathlib import Path
 
-from retinanet_keras import cli, config, runtime, settings, storage, strict_json
+from retinanet_keras import config, config_schema, errors, runtime
+from retinanet_keras.cli import process
 from retinanet_keras.experiments import tables
+from retinanet_keras.storage import disk, strict_json
 
 
 def main():
@@ -116,15 +118,15 @@ def add_figures(verb):
 def export(args):
     if not (args.to or args.onnx):
         args.error("expected --to, --onnx, or both")
-    cli.import_tensorflow()
-    from retinanet_keras import commands
+    process.import_tensorflow()
+    from retinanet_keras.cli import commands
 
     return commands.export(args.to, args.workdir, args.weights, args.precision, args.onnx)
 
 
 def detect(args):
-    cli.import_tensorflow()
-    from retinanet_keras import commands
+    process.import_tensorflow()
+    from retinanet_keras.cli import commands
 
     return commands.detect(args.model, args.images, args.to, args.min_score)
 
@@ -138,15 +140,15 @@ def client(args):
 
 def inspect(args):
     loaded = config.load_config(args.config, args.set)
-    storage.check_folder(args.to, "--to")
-    cli.import_tensorflow()
-    from retinanet_keras.data import inspection
+    disk.check_folder(args.to, "--to")
+    process.import_tensorflow()
+    from retinanet_keras.dataset_check import inspection
 
     return int(bool(inspection.inspect(loaded, args.to)["errors"]))
 
 
 def convert(args):
-    cli.import_tensorflow()
+    process.import_tensorflow()
     from retinanet_keras import checkpoints
 
     print(checkpoints.convert(args.file, args.out))
@@ -165,35 +167,35 @@ def work_of_step(file):
 
 
 def replay(args):
-    cli.import_tensorflow(work_of_step(args.file))
-    from retinanet_keras import commands
+    process.import_tensorflow(work_of_step(args.file))
+    from retinanet_keras.cli import commands
 
     return commands.replay(args.file)
 
 
 def experiments(args):
     if args.seeds < 1:
-        raise settings.ConfigError(f"--seeds: expected a number of 1 or more, got {args.seeds}")
+        raise errors.ConfigError(f"--seeds: expected a number of 1 or more, got {args.seeds}")
     if args.time and args.name != "1e":
-        raise settings.ConfigError(f"--time: expected table 1e with it, got {args.name}")
+        raise errors.ConfigError(f"--time: expected table 1e with it, got {args.name}")
     to = Path(args.to or f"runs/experiments/{args.scale}")
-    storage.check_folder(to, "--to")
-    from retinanet_keras.experiments import output, runner, timing
+    disk.check_folder(to, "--to")
+    from retinanet_keras.experiments import results_page, runner, timing
 
     if args.dry_run:
         print("\n".join(runner.plan(args.name, args.scale, only=args.only, overrides=args.set)))
     elif args.time:
-        cli.import_tensorflow()
+        process.import_tensorflow()
         timing.measure(to / "1e", only=args.only)
-        print(output.write(to / "1e", "1e", args.scale))
+        print(results_page.write(to / "1e", "1e", args.scale))
     else:
         runner.run_table(args.name, args.scale, to, only=args.only, seeds=args.seeds, overrides=args.set)
 
 
 def figure(args):
-    storage.check_folder(args.to, "--to")
-    cli.import_tensorflow()
-    from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
+    disk.check_folder(args.to, "--to")
+    process.import_tensorflow()
+    from retinanet_keras.experiments.figures import architecture, distribution, loss_curves, speed, star
 
     if args.number == "2":
         speed.figure2(args.to, args.runs)
@@ -204,13 +206,13 @@ def figure(args):
     elif args.number == "7":
         star.figure7(args.to, args.runs, args.config, args.set)
     else:
-        {"1": curves.figure1, "5": curves.figure5, "6": curves.figure6}[args.number](args.to)
+        {"1": loss_curves.figure1, "5": loss_curves.figure5, "6": loss_curves.figure6}[args.number](args.to)
 
 
 def list_settings(args):
-    for key, default, doc, source in settings.describe(config.Config):
+    for key, default, doc, source in config_schema.describe(config.Config):
         print(f"{key} = {default}\n    {doc} [{source}]")
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    process.run_command(main)

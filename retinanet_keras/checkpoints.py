@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras import anchors, backbone, pretrained
+from retinanet_keras import anchors, backbone
 from retinanet_keras.errors import UserError
 from retinanet_keras.model import RetinaNet
-from retinanet_keras.released import files, layouts
+from retinanet_keras.weights import imagenet, layouts, reader
 
 BACKBONES = {blocks: name for name, blocks in backbone.DEPTHS.items() if name not in ("resnet18", "resnext101_32x8d")}
 PER_CELL = 9  # anchors of all three frameworks
@@ -37,7 +37,7 @@ def load(path, categories=None):
         UserError: where the file cannot be read, is of no known layout, or has entries that are unknown, missing or of
             other shapes; they are listed by name.
     """
-    return _retinanet_of(path, files.read(path), categories)
+    return _retinanet_of(path, reader.read(path), categories)
 
 
 def _retinanet_of(path, weights, categories):
@@ -91,7 +91,7 @@ def load_backbone(path):
     Raises:
         UserError: as `load`.
     """
-    return _backbone_of(path, files.read(path))
+    return _backbone_of(path, reader.read(path))
 
 
 def _backbone_of(path, weights):
@@ -117,7 +117,7 @@ def convert(path, out):
     Returns:
         one line that says what was converted.
     """
-    weights = files.read(path)
+    weights = reader.read(path)
     alone = _is_backbone(weights)
     suffix = ".weights.h5" if alone else ".keras"
     if not str(out).endswith(suffix):
@@ -126,7 +126,7 @@ def convert(path, out):
     _check_place(Path(out))
     if alone:
         model, mean = _backbone_of(path, weights)
-        pretrained.save(model, out, mean)
+        imagenet.save(model, out, mean)
         return f"a {model.name} trained on ImageNet, written to {out}"
     model = _retinanet_of(path, weights, None)
     model.save(out)

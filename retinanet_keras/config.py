@@ -14,8 +14,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retinanet_keras import settings, strict_json
-from retinanet_keras.settings import ConfigError, setting
+from retinanet_keras import config_schema
+from retinanet_keras.config_schema import setting
+from retinanet_keras.errors import ConfigError
+from retinanet_keras.storage import strict_json
 
 VERSION = 1
 
@@ -347,10 +349,10 @@ def load_config(path, overrides=()):
     except strict_json.JsonError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a JSON object of sections, got {settings.show(tree)}")
+        raise ConfigError(f"{path} must hold a JSON object of sections, got {config_schema.show(tree)}")
     try:
         for override in overrides:
-            settings.apply(Config, tree, override)
+            config_schema.apply(Config, tree, override)
         return config_from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -365,13 +367,13 @@ def config_from_dict(tree):
     tree = dict(tree)
     version = tree.pop("version", VERSION)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {settings.show(version)}")
+        raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {config_schema.show(version)}")
     if version > VERSION:
         raise ConfigError(
-            f"version: this configuration is of version {settings.show(version)}, and this release reads up to "
+            f"version: this configuration is of version {config_schema.show(version)}, and this release reads up to "
             f"{VERSION}. Upgrade retinanet_keras, or train with the release that wrote it."
         )
-    config = settings.build(Config, tree)
+    config = config_schema.build(Config, tree)
     _check_together(config)
     return config
 

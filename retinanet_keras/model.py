@@ -12,11 +12,12 @@ import keras
 from keras import ops
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import detections, fit_arguments, losses, objective, pretrained, weight_files
+from retinanet_keras import detections, fit_arguments, losses, objective
 from retinanet_keras.anchors import anchor_boxes, level_sizes
 from retinanet_keras.config import AnchorConfig, DetectionConfig, MiningConfig, TargetConfig
 from retinanet_keras.pyramid import FeaturePyramid, LastLayer
 from retinanet_keras.subnets import Subnet
+from retinanet_keras.weights import imagenet, keras_files
 
 PAD_COLOR = tuple(round(mean) for mean in backbones.MEAN)  # RGB; about zero after normalisation
 SIZE_MULTIPLE = 32  # C5's stride: every level divides evenly
@@ -78,7 +79,7 @@ class RetinaNet(keras.Model):
                 self.backbone = backbones.resnet(
                     backbone, width=width, norm=norm, stride_in=stride_in, epsilon=norm_epsilon
                 )
-            own_mean = pretrained.load(self.backbone, weights, self.pixel_std) if weights else None
+            own_mean = imagenet.load(self.backbone, weights, self.pixel_std) if weights else None
             pixel_mean = pixel_mean or own_mean
             backbones.freeze(self.backbone, freeze_at)
         self.pixel_mean = tuple(pixel_mean or backbones.MEAN)
@@ -358,25 +359,25 @@ class RetinaNet(keras.Model):
 
     @functools.wraps(keras.Model.save)
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
-        if overwrite or weight_files.may_replace(filepath):
-            with weight_files.replacing(filepath) as path:
+        if overwrite or keras_files.may_replace(filepath):
+            with keras_files.replacing(filepath) as path:
                 super().save(path, zipped=zipped, **kwargs)
 
     @functools.wraps(keras.Model.save_weights)
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
         if max_shard_size is not None:  # several files
             super().save_weights(filepath, overwrite, max_shard_size)
-        elif overwrite or weight_files.may_replace(filepath):
-            with weight_files.replacing(filepath) as path:
+        elif overwrite or keras_files.may_replace(filepath):
+            with keras_files.replacing(filepath) as path:
                 super().save_weights(path)
 
     @functools.wraps(keras.Model.load_weights)
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
-        weight_files.check(filepath)
+        keras_files.check(filepath)
         super().load_weights(filepath, skip_mismatch, **kwargs)
 
     def load_own_variables(self, store):
-        weight_files.check_store(store)
+        keras_files.check_store(store)
         super().load_own_variables(store)
 
     def get_config(self):

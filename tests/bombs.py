@@ -110,7 +110,7 @@ def bombs():
 
 def main(folder):
     from retinanet_keras.errors import UserError
-    from retinanet_keras.released import files
+    from retinanet_keras.weights import reader
 
     path = Path(folder, "bomb")
     for name, content in bombs():
@@ -118,7 +118,7 @@ def main(folder):
         before, start = peak_mb(), time.process_time()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            message = f"read: {len(files.read(path))} weights"
+            message = f"read: {len(reader.read(path))} weights"
         except UserError as error:
             message = str(error)
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -143,10 +143,10 @@ def made_once(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def data_dir(tiny_config, made_once):
     """Where the generated data of `tiny_config` is; not to be changed."""
-    from retinanet_keras.data import sources
+    from retinanet_keras.data import dataset_formats
 
     def make(folder):
-        sources.open_split(tiny_config(folder / "shapes").data, "train")
+        dataset_formats.open_split(tiny_config(folder / "shapes").data, "train")
 
     return made_once("data", make)[0] / "shapes"
 
@@ -155,7 +155,7 @@ def data_dir(tiny_config, made_once):
 def finished(tiny_config, data_dir, made_once):
     """A run from start to end: (its folder, the metrics it returned); not to be changed."""
     from retinanet_keras.training import run
-    from retinanet_keras.training.folder import RunFolder
+    from retinanet_keras.training.run_folder import RunFolder
 
     folder, metrics = made_once("run", lambda folder: run.train(tiny_config(data_dir), folder / "whole"))
     return RunFolder(folder / "whole"), metrics

@@ -16,7 +16,7 @@ import os
 import sys
 from unittest import mock
 
-from retinanet_keras import storage
+from retinanet_keras.storage import disk
 
 TENSORFLOW = ("copy", "makedirs", "mkdir", "remove", "rename", "rmtree")  # of tf.io.gfile
 
@@ -49,7 +49,7 @@ class Kills:
         self._patches = contextlib.ExitStack()
         places = [(os, name, 2) for name in ("rename", "replace", "link", "symlink")]
         places += [(os, name, 1) for name in ("mkdir", "rmdir", "unlink", "remove", "truncate")]
-        places += [(storage, "_rename", 2)]
+        places += [(disk, "_rename", 2)]
         if tensorflow := sys.modules.get("tensorflow"):
             places += [(tensorflow.io.gfile, name, 2) for name in TENSORFLOW]
         for owner, name, paths in places:

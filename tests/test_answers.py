@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from scripted_server import D, answer, good, http, serving
 
-from retinanet_keras.printable import printable
+from retinanet_keras.errors import ServerError
 from retinanet_keras.serving import answers, messages
-from retinanet_keras.serving.conversation import ServerError, connect
+from retinanet_keras.serving.conversation import connect
+from retinanet_keras.storage.printable import printable
 
 pytestmark = pytest.mark.check
 

@@ -8,13 +8,13 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras.data import headers, sources
+from retinanet_keras.data import image_decoding, image_headers
 from retinanet_keras.serving import export
 
 pytestmark = pytest.mark.eager
 
 # Compiled once: op by op each image would take a tenth of a second.
-decode = tf.function(sources.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+decode = tf.function(image_decoding.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 SIZES = [(13, 21), (1, 1), (5, 32), (8, 3)]  # height and width
 
 
@@ -62,7 +62,7 @@ def test_what_pillow_writes_is_decoded_as_pillow_does(mode, size):
 def test_every_depth_of_a_palette(bits, size, kind):
     data, expected = indexed(bits, *size, **kind)
     np.testing.assert_array_equal(decode(data), expected)
-    assert headers.pixels(data).numpy() == size[0] * size[1]
+    assert image_headers.pixels(data).numpy() == size[0] * size[1]
     if bits != 2 and not (kind.get("old") and bits == 1):  # which Pillow does not read
         np.testing.assert_array_equal(Image.open(io.BytesIO(data)).convert("RGB"), expected)
 

@@ -20,10 +20,9 @@ from PIL import Image
 from serving_double import Double
 from tensorflow_serving.config import model_server_config_pb2
 
-from retinanet_keras.data.coco import DataError
-from retinanet_keras.errors import UserError
+from retinanet_keras.errors import DataError, ServerError, UserError
 from retinanet_keras.serving import answers, client, detector, export
-from retinanet_keras.serving.conversation import Refused, ServerError, connect
+from retinanet_keras.serving.conversation import Refused, connect
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(48, 64), (64, 48), (48, 64), (33, 90)]  # height, width

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from scripted_server import D, answer, good, http, serving
 
-from retinanet_keras.errors import UserError
+from retinanet_keras.errors import ServerError, UserError
 from retinanet_keras.serving import client, conversation
-from retinanet_keras.serving.conversation import ServerError, connect
+from retinanet_keras.serving.conversation import connect
 
 pytestmark = pytest.mark.check
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retinanet_keras.data import coco
-from retinanet_keras.data.coco import Categories, DataError
+from retinanet_keras.data.coco import Categories
+from retinanet_keras.errors import DataError
 
 pytestmark = pytest.mark.check
 

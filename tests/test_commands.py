@@ -14,18 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_keras import commands
+from retinanet_keras.cli import commands
+from retinanet_keras.cli.evaluate import evaluate
 from retinanet_keras.config import DataConfig, DetectionConfig, ServingConfig
-from retinanet_keras.data import sources
-from retinanet_keras.data.coco import DataError
-from retinanet_keras.errors import UserError
-from retinanet_keras.evaluate import evaluate
-from retinanet_keras.results.evaluation import METRICS
-from retinanet_keras.serving import card
+from retinanet_keras.data import image_decoding
+from retinanet_keras.errors import DataError, RunError, UserError
+from retinanet_keras.evaluation.coco_metrics import METRICS
+from retinanet_keras.serving import model_card
 from retinanet_keras.serving.export import CATEGORIES_FILE
 from retinanet_keras.training import run
-from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
+from retinanet_keras.training.resume import load_run
+from retinanet_keras.training.run_folder import RunFolder, load_config_of
 
 pytestmark = pytest.mark.eager
 
@@ -279,14 +278,14 @@ def test_detect_has_the_pixel_limit_of_the_export(tiny_export, tmp_path, capsys,
     Image.new("RGB", (30, 30)).save(
         images / "frames.gif", save_all=True, append_images=[Image.new("RGB", (30, 30), "red")]
     )
-    decoded, decode = [], sources._graph
-    monkeypatch.setattr(sources, "_graph", lambda encoded: (decoded.append(len(encoded)), decode(encoded))[1])
+    decoded, decode = [], image_decoding._graph
+    monkeypatch.setattr(image_decoding, "_graph", lambda encoded: (decoded.append(len(encoded)), decode(encoded))[1])
     sizes = {path.name: path.stat().st_size for path in images.iterdir()}
     assert commands.detect(export, [images], tmp_path / "out", 0.3) == 1
     assert "bomb.png has 400,000,000 pixels" in capsys.readouterr().err
     assert sorted(decoded) == sorted(sizes[name] for name in ("frames.gif", "large.png", "small.png"))
 
-    file = export / "1" / card.EXTRA / card.CARD
+    file = export / "1" / model_card.EXTRA / model_card.CARD
     tree = json.loads(file.read_text())
     assert tree["inputs"]["serving_bytes"]["max_pixels"] == ServingConfig().max_pixels
     tree["inputs"]["serving_bytes"]["max_pixels"] = 1600
@@ -313,7 +312,7 @@ def test_an_export_that_was_cut_off_is_told(tiny_export, tmp_path):
 def test_an_export_whose_categories_are_not_its_models_is_told(tiny_export, tmp_path, count, card_is_there):
     served = shutil.copytree(tiny_export, tmp_path / "served")
     if not card_is_there:
-        (served / "1" / card.EXTRA / card.CARD).unlink()
+        (served / "1" / model_card.EXTRA / model_card.CARD).unlink()
     categories = [{"label": i, "id": i, "name": str(i)} for i in range(count)]
     (served / "1" / CATEGORIES_FILE).write_text(json.dumps(categories))
     big_png(tmp_path / "image.png", 30)
@@ -373,7 +372,7 @@ def test_the_card_is_given_metrics_of_the_runs_own_step(tmp_path, caplog):
 def test_an_export_of_a_run_shows_the_metrics_of_its_weights(finished, run_copy, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(commands, "export_model", lambda model, config, to, **given: shown.append(
-        card.describe(model, config, given["precision"], given["metrics"])["metrics"]))  # fmt: skip
+        model_card.describe(model, config, given["precision"], given["metrics"])["metrics"]))  # fmt: skip
     commands.export(tmp_path, run_copy)
     assert shown[-1]["val"]["AP"] == finished[1]["AP"] and shown[-1]["val"]["step"] == finished[1]["step"]
     commands.export(tmp_path, run_copy, precision="bfloat16")

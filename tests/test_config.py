@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retinanet_keras.config import VERSION, Config, config_from_dict, load_config
-from retinanet_keras.settings import ConfigError, describe
+from retinanet_keras.config_schema import describe
+from retinanet_keras.errors import ConfigError
 
 pytestmark = pytest.mark.check
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from retinanet_keras.training.checkpoints import Checkpoints, load_run
-from retinanet_keras.training.folder import RunError, RunFolder
+from retinanet_keras.errors import RunError
+from retinanet_keras.training.resume import Checkpoints, load_run
+from retinanet_keras.training.run_folder import RunFolder
 
 SUFFIXES = (".index", ".data-00000-of-00001")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from retinanet_keras.results.evaluation import METRICS
-from retinanet_keras.training.checkpoints import load_run
+from retinanet_keras.evaluation.coco_metrics import METRICS
+from retinanet_keras.training.resume import load_run
 
 RESULTS = "eval/test/results.json"
 ROOT = Path(__file__).parents[1]

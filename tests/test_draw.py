@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_keras.results import draw
+from retinanet_keras.visualization import draw
 
 NAMES = ("cat", "dog", "a class with a very long name indeed")
 GREY = 128

@@ -13,11 +13,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from retinanet_keras.config import EvalConfig
-from retinanet_keras.data.coco import Categories, DataError
-from retinanet_keras.results import evaluation, matching
-from retinanet_keras.results import truth as truths
-from retinanet_keras.results.evaluation import METRICS, coco_metrics, to_results
-from retinanet_keras.results.records import Records
+from retinanet_keras.data.coco import Categories
+from retinanet_keras.errors import DataError
+from retinanet_keras.evaluation import ground_truth as truths
+from retinanet_keras.evaluation import matching
+from retinanet_keras.evaluation.coco_metrics import LIBRARIES, METRICS, coco_metrics, to_results
+from retinanet_keras.evaluation.results import Records
 
 
 def truth(boxes, *, images=(1,), categories=((1, "cell"),), **extra):
@@ -115,7 +116,7 @@ def test_equals_pycocotools(seed, image_ids):
     assert never.pop("detections") > 0 and never == {**dict.fromkeys(METRICS), "ground_truth": 0}
 
 
-@pytest.mark.parametrize("library", evaluation.LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_prints_nothing(capfd, recwarn, library):
     coco_metrics(truth([(1, 1, 0, 0, 10, 10)]), [], library=library)
     coco_metrics(*random_case(0), library=library)
@@ -183,7 +184,7 @@ def test_images_may_have_text_as_id():
 def test_reads_files(tmp_path):
     annotations, results = random_case(0)
     (tmp_path / "truth.json").write_text(json.dumps(annotations))
-    evaluation.write_results(tmp_path / "eval" / "results.json", results)
+    coco_metrics.write_results(tmp_path / "eval" / "results.json", results)
     from_files = coco_metrics(tmp_path / "truth.json", str(tmp_path / "eval" / "results.json"))
     assert from_files == coco_metrics(annotations, results)
 
@@ -285,26 +286,26 @@ def test_results_round_trip_to_ap_1():
 
 def test_format_metrics_names_every_number():
     metrics = coco_metrics(truth([(1, 1, 0, 0, 100, 100)]), found((1, 1, 0, 0, 100, 72, 0.5)))
-    lines = evaluation.format_metrics(metrics).splitlines()
+    lines = coco_metrics.format_metrics(metrics).splitlines()
     assert [line.split()[0] for line in lines[:12]] == list(METRICS)
     assert lines[0].split()[1] == "50.0" and lines[3].split()[1] == "-"
     assert lines[-1].split() == ["cell", "50.0", "100.0", "50.0", "1"]
-    assert len(evaluation.format_metrics({**metrics, "per_class": {}}).splitlines()) == 12
+    assert len(coco_metrics.format_metrics({**metrics, "per_class": {}}).splitlines()) == 12
 
 
 def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
-    evaluation.write_metrics(path, {"AP": 0.5, "APs": None})
+    coco_metrics.write_metrics(path, {"AP": 0.5, "APs": None})
     assert json.loads(path.read_text()) == {"AP": 0.5, "APs": None}
     with pytest.raises(ValueError, match="JSON"):
-        evaluation.write_metrics(path, {"AP": float("nan")})
+        coco_metrics.write_metrics(path, {"AP": float("nan")})
 
     def full(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        evaluation.write_metrics(path, {"AP": 0.7})
+        coco_metrics.write_metrics(path, {"AP": 0.7})
     assert json.loads(path.read_text())["AP"] == 0.5
     assert os.listdir(tmp_path) == ["metrics.json"]
 
@@ -485,10 +486,10 @@ def crowd_of_cases(request):
     return annotations, results, by_hand(annotations, results)
 
 
-@pytest.mark.parametrize("library", evaluation.LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_gives_pycocotools_bits(crowd_of_cases, library, tmp_path):
     annotations, results, reference = crowd_of_cases
-    evaluation.write_results(tmp_path / "results.json", results)
+    coco_metrics.write_results(tmp_path / "results.json", results)
     metrics = coco_metrics(annotations, tmp_path / "results.json", library=library)
     assert twelve(metrics) == [None if v == -1 else v for v in reference.stats]
     precision, recall = reference.eval["precision"], reference.eval["recall"]
@@ -508,9 +509,7 @@ def test_the_libraries_agree_in_everything(crowd_of_cases):
     annotations, results, _ = crowd_of_cases
     chosen = [image["id"] for image in annotations["images"][3::2]]
     for image_ids in (None, chosen, chosen[:1], []):
-        first, *others = (
-            coco_metrics(annotations, results, image_ids=image_ids, library=name) for name in evaluation.LIBRARIES
-        )
+        first, *others = (coco_metrics(annotations, results, image_ids=image_ids, library=name) for name in LIBRARIES)
         assert others == [first]
     none = coco_metrics(annotations, [], library="hotcoco")
     assert none == coco_metrics(annotations, []) and none["AP"] == 0
@@ -518,7 +517,7 @@ def test_the_libraries_agree_in_everything(crowd_of_cases):
 
 def test_the_choices_of_the_setting_are_the_libraries():
     (setting,) = (f for f in dataclasses.fields(EvalConfig) if f.name == "library")
-    assert setting.metadata["choices"] == tuple(evaluation.LIBRARIES) and setting.default == "pycocotools"
+    assert setting.metadata["choices"] == tuple(LIBRARIES) and setting.default == "pycocotools"
 
 
 def test_matches_are_pycocotools(crowd_of_cases):
@@ -547,6 +546,6 @@ def test_metrics_are_written_a_curve_to_a_line_and_read_again(tmp_path):
     annotations, results = random_case(3)
     annotations["categories"][0]["name"] = 'half \ud800 [\n"1", 2]'
     metrics = coco_metrics(annotations, results)
-    evaluation.write_metrics(tmp_path / "metrics.json", metrics)
+    coco_metrics.write_metrics(tmp_path / "metrics.json", metrics)
     text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
     assert json.loads(text) == metrics and len(text.splitlines()) < 250

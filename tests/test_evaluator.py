@@ -13,12 +13,11 @@ import pytest
 import tensorflow as tf
 
 from retinanet_keras import CocoMetrics
-from retinanet_keras.data import sources
-from retinanet_keras.evaluate import evaluate
-from retinanet_keras.results import evaluation
-from retinanet_keras.training import evaluator
-from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunError
+from retinanet_keras.cli.evaluate import evaluate
+from retinanet_keras.data import dataset_formats, image_decoding
+from retinanet_keras.errors import RunError
+from retinanet_keras.evaluation import coco_metrics, detect
+from retinanet_keras.training.resume import load_run
 
 pytestmark = pytest.mark.eager
 
@@ -43,7 +42,7 @@ def whole(finished, tmp_path_factory):
 @pytest.mark.eager(False)
 def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeypatch, capsys):
     """It stops after two batches, and a third is cut off in the middle of its line."""
-    batches = evaluator._by_model
+    batches = detect._by_model
 
     def failing(model, folded, dataset, data, plan):
         computed.append(len(plan))
@@ -53,7 +52,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeyp
             yield batch
 
     computed = []
-    monkeypatch.setattr(evaluator, "_by_model", failing)
+    monkeypatch.setattr(detect, "_by_model", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluate("c.json", workdir=run_copy, split="train")
     unfinished = run_copy / "eval/train/unfinished.jsonl"
@@ -73,8 +72,8 @@ def test_what_other_weights_or_sizes_have_found_is_not_gone_on_from(run_copy, mo
         yield from batches(model, folded, dataset, data, plan[:1])
         raise KeyboardInterrupt
 
-    batches = evaluator._by_model
-    monkeypatch.setattr(evaluator, "_by_model", stopping)
+    batches = detect._by_model
+    monkeypatch.setattr(detect, "_by_model", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate("c.json", workdir=run_copy, split="train")
     monkeypatch.undo()
@@ -125,25 +124,25 @@ def test_settings_of_another_model_are_refused_before_anything_is_done(run_copy)
 
 def test_the_time_of_an_image_is_told_in_parts(finished):
     settings, model = load_run(finished[0].path)
-    dataset = sources.open_split(settings.data, "train")
+    dataset = dataset_formats.open_split(settings.data, "train")
     speed = {}
-    assert len(list(evaluator.detect_split(model, dataset, settings, speed=speed))) == 10
-    told = evaluator.milliseconds(speed)
-    assert set(told) == {*evaluator.PARTS, "images_per_second"} and min(told.values()) > 0
-    assert told["images_per_second"] == pytest.approx(1000 / sum(told[part] for part in evaluator.PARTS))
-    assert 0 < speed["images"] < 10 and evaluator.milliseconds({}) is None  # without the first of each shape
+    assert len(list(detect.detect_split(model, dataset, settings, speed=speed))) == 10
+    told = detect.milliseconds(speed)
+    assert set(told) == {*detect.PARTS, "images_per_second"} and min(told.values()) > 0
+    assert told["images_per_second"] == pytest.approx(1000 / sum(told[part] for part in detect.PARTS))
+    assert 0 < speed["images"] < 10 and detect.milliseconds({}) is None  # without the first of each shape
 
 
 def test_coco_metrics_in_fit_are_those_of_the_annotations(finished):
     """A dataset of batches: boxes in network pixels, whose scale brings them back to those of the files."""
     settings, model = load_run(finished[0].path)
-    dataset = sources.open_split(settings.data, "val")
+    dataset = dataset_formats.open_split(settings.data, "val")
     expected = CocoMetrics(dataset, settings).evaluate(model)
     batches = []
     for i in range(len(dataset)):
-        from retinanet_keras.data import pipeline
+        from retinanet_keras.data import canvas
 
-        image, size, scale = pipeline.fit(sources.image_of(dataset, i)[None], 64, 64)
+        image, size, scale = canvas.fit(image_decoding.image_of(dataset, i)[None], 64, 64)
         truth = {
             "boxes": tf.pad(dataset.boxes_of(i) * scale, [[0, 2], [0, 0]])[None],
             "labels": tf.pad(dataset.labels_of(i), [[0, 2]], constant_values=-1)[None],
@@ -156,7 +155,7 @@ def test_coco_metrics_in_fit_are_those_of_the_annotations(finished):
     logs = {"loss": 1.0}
     for callback in (monitor, after):
         callback.on_epoch_end(0, logs)
-    for name in evaluation.METRICS:
+    for name in coco_metrics.METRICS:
         value = expected[name]
         assert seen[0].get(f"val_{name}") == (value if value is None else pytest.approx(value, abs=1e-6)), name
     assert "val_AP" in seen[0] and monitor.metrics["counts"]["objects"] == expected["counts"]["objects"]

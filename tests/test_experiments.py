@@ -16,7 +16,7 @@ import tensorflow as tf
 from retinanet_keras import __main__ as command
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import measured, output, paper, runner, tables, timing
+from retinanet_keras.experiments import measurements, paper, results_page, runner, tables, timing
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -377,7 +377,7 @@ def test_a_damaged_result_is_set_aside_and_the_row_finished_again(tmp_path, monk
     assert (folder / "result.json.damaged").read_bytes() == content
     (folder / "result.json").write_bytes(content)
     put(tmp_path, "fl", 0, metrics(0.3))
-    assert list(measured.results(tmp_path)) == ["fl"] and "the table lacks it" in caplog.text
+    assert list(measurements.results(tmp_path)) == ["fl"] and "the table lacks it" in caplog.text
 
 
 def test_a_row_that_another_process_trains_is_waited_for(tmp_path, capsys):
@@ -407,7 +407,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_a_damaged_file_of_times_is_told(tmp_path, content):
     (tmp_path / "time.json").write_text(content)
     with pytest.raises(UserError, match="time.json"):
-        measured.read_times(tmp_path)
+        measurements.read_times(tmp_path)
 
 
 # Output
@@ -431,7 +431,7 @@ def test_means_spread_and_differences(tmp_path):
     for seed, ap in enumerate((0.20, 0.24)):
         put(tmp_path, "ce", seed, metrics(ap))
     put(tmp_path, "ce", 2, {"diverged": 17}, losses=((2, 90.0), (4, 1e6)))
-    text = output.write(tmp_path, "3", "small")
+    text = results_page.write(tmp_path, "3", "small")
     rows = {row["row"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
     assert list(rows) == ["ce", "fl", "fl_star_2_1", "fl_star_4_0"]
     fl, ce = rows["fl"], rows["ce"]
@@ -453,18 +453,18 @@ def test_means_spread_and_differences(tmp_path):
 def test_the_text_has_the_papers_words_and_the_other_methods_of_table_2_their_numbers(tmp_path):
     put(tmp_path / "text", "fl", 0, metrics(0.4))
     put(tmp_path / "text", "fl_alpha_.5", 0, metrics(0.39))
-    text = output.write(tmp_path / "text", "text", "small")
+    text = results_page.write(tmp_path / "text", "text", "small")
     (line,) = re.findall(r"^fl_alpha_.5 .*$", text, re.M)
     assert "-1.0" in line and "-0.4" in line and ".4 AP lower" in line
     assert "hinge" in text and "gamma_2_alpha" not in text and "the best is" not in text
     for alpha, ap in ((0.25, 0.3), (0.5, 0.4), (0.75, 0.1)):
         put(tmp_path / "text", f"gamma_2_alpha_{alpha}", 0, metrics(ap))
-    text = output.write(tmp_path / "text", "text", "small")
+    text = results_page.write(tmp_path / "text", "text", "small")
     assert "gamma 2: of 3 alphas the best is 0.5, AP 40.0; the paper's is 0.25" in text
     assert re.search(r"^gamma_2_alpha_0.75 +loss.alpha=0.75 +gamma_2_alpha_0.25 +10.0 .* -20.0", text, re.M)
     put(tmp_path / "2", "retinanet_r101", 0, metrics(0.0))
     (tmp_path / "2/retinanet_r101/config.json").write_text('{"train": {"iterations": 4}}')
-    text = output.write(tmp_path / "2", "2", "small")
+    text = results_page.write(tmp_path / "2", "2", "small")
     (line,) = re.findall(r"^yolov2 .*$", text, re.M)
     assert "another's: YOLOv2" in line and "not run" not in line and "21.6" in line
     assert "each row: 4 iterations of 16 images" in text  # which says what its numbers are worth
@@ -498,7 +498,7 @@ def test_times_of_table_1e(tmp_path):
     (tmp_path / "time.json").write_text(json.dumps({
         "about": "by hand", "rows": {name: 100.0 * (n + 1) for n, name in enumerate(paper.rows("1e"))}
     }))  # fmt: skip
-    text = output.write(tmp_path, "1e", "small")
+    text = results_page.write(tmp_path, "1e", "small")
     rows = {row["row"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
     assert rows["r101_800"]["relative_time"] == "10.0" and rows["r50_400"]["paper_relative_time"] == "1.0"
     assert float(rows["r101_800"]["paper_relative_time"]) == pytest.approx(198 / 64, abs=1e-6)

@@ -15,12 +15,12 @@ from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from retinanet_keras import RetinaNet
+from retinanet_keras import RetinaNet, folding
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import pipeline
-from retinanet_keras.identity import identity
-from retinanet_keras.serving import detector, export, inference
-from retinanet_keras.serving.card import describe
+from retinanet_keras.data import canvas
+from retinanet_keras.evaluation.identity import identity
+from retinanet_keras.serving import detector, export
+from retinanet_keras.serving.model_card import describe
 
 pytestmark = pytest.mark.eager
 
@@ -56,9 +56,9 @@ def picture(size, seed=0):
 
 def own_path(model, image):
     """Resize, detect and scale back with the functions that evaluation uses."""
-    canvas, size, scale = pipeline.fit(image[None], CONFIG.data.short_side, CONFIG.data.max_side)
-    found = model.detect(canvas, size[None])
-    boxes = pipeline.to_original(found["boxes"], scale, image.shape[:2])
+    pixels, size, scale = canvas.fit(image[None], CONFIG.data.short_side, CONFIG.data.max_side)
+    found = model.detect(pixels, size[None])
+    boxes = canvas.to_original(found["boxes"], scale, image.shape[:2])
     return {**{name: np.asarray(value)[0] for name, value in found.items()}, "boxes": boxes[0].numpy()}
 
 
@@ -257,7 +257,7 @@ def test_the_folded_model_finds_what_the_model_finds(small_model, settings):
         subnet.final.kernel.assign(rng.normal(0, 0.1, subnet.final.kernel.shape))
     before = [weight.numpy() for weight in net.weights]
     images, sizes = np.stack([picture((96, 128), seed) for seed in (0, 1)]), np.array([[96, 128], [70, 101]])
-    found, expected = inference.compiled(net)(images, sizes), net.detect(images, sizes)
+    found, expected = folding.compiled(net)(images, sizes), net.detect(images, sizes)
     for i in range(2):
         one = {**first({name: value[i : i + 1] for name, value in found.items()})}
         assert_same(
@@ -284,7 +284,7 @@ def test_a_keras_backbone_runs_as_it_is(tmp_path):
 
 @pytest.mark.parametrize(("precision", "ratio"), [("bfloat16", 2.5), ("bfloat16", 0.5), ("float32", 2.5)])
 def test_a_slower_precision_is_told_by_what_was_timed(model, tmp_path, monkeypatch, caplog, precision, ratio):
-    monkeypatch.setattr(inference, "bfloat16_time", lambda: ratio)
+    monkeypatch.setattr(folding, "bfloat16_time", lambda: ratio)
 
     def stop(*_):
         raise InterruptedError
@@ -297,7 +297,7 @@ def test_a_slower_precision_is_told_by_what_was_timed(model, tmp_path, monkeypat
 
 
 def test_bfloat16_is_timed_against_float32():
-    assert 0.05 < inference.bfloat16_time(side=128, turns=2) < 500
+    assert 0.05 < folding.bfloat16_time(side=128, turns=2) < 500
 
 
 @pytest.mark.slow

@@ -18,14 +18,14 @@ import tensorflow as tf
 from PIL import Image
 from serving_double import Double
 
-from retinanet_keras import commands
+from retinanet_keras.cli import commands
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data import canvas, dataset_formats
 from retinanet_keras.errors import UserError
 from retinanet_keras.serving import export
 from retinanet_keras.serving import onnx as onnx_file
 from retinanet_keras.serving.conversation import connect
-from retinanet_keras.training.checkpoints import load_run
+from retinanet_keras.training.resume import load_run
 
 pytestmark = pytest.mark.eager
 
@@ -59,7 +59,7 @@ def saved(base_path):
 def picture(request, trained):
     """A function of a size (height, width) and a seed to an image uint8 [H, W, 3]."""
     data = trained[0].data
-    split = sources.open_split(data, data.test_split) if request.config.getoption("--run") else None
+    split = dataset_formats.open_split(data, data.test_split) if request.config.getoption("--run") else None
 
     def make(size, seed=0):
         if split is None:
@@ -75,9 +75,9 @@ def picture(request, trained):
 def own_path(trained, image):
     """(scores [n], labels [n], boxes [n, 4]) by the model itself, not folded, and evaluation's functions."""
     config, model = trained
-    canvas, size, scale = pipeline.fit(image[None], config.data.short_side, config.data.max_side)
-    found = model.detect(canvas, size[None])
-    boxes = pipeline.to_original(found["boxes"], scale, image.shape[:2])[0].numpy()
+    pixels, size, scale = canvas.fit(image[None], config.data.short_side, config.data.max_side)
+    found = model.detect(pixels, size[None])
+    boxes = canvas.to_original(found["boxes"], scale, image.shape[:2])[0].numpy()
     n = int(found["count"][0])
     assert n > 5  # else the comparison would be of nothing
     return found["scores"][0, :n].numpy(), found["labels"][0, :n].numpy(), boxes[:n]

@@ -16,7 +16,7 @@ import pytest
 
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.errors import UserError
-from retinanet_keras.serving import card, export
+from retinanet_keras.serving import export, model_card
 
 CONFIG = config_from_dict({"data": {"short_side": 96, "max_side": 128}})
 CATEGORIES = [{"label": 0, "id": 7, "name": "cat"}, {"label": 1, "id": 3, "name": "dog"}]
@@ -155,10 +155,10 @@ def test_a_card_of_odd_categories(small_model, monkeypatch):
     """Half a character, markup, terminal escapes and 100,000 letters; a package that runs from its folder."""
     names = ["half \ud800", "</td><script>alert(1)</script>", "\x1b[2J", "m" * 100_000]
     model = small_model(4, categories=[{"label": i, "id": i, "name": name} for i, name in enumerate(names)])
-    monkeypatch.setattr(card, "PARTS", ("no_such_package_here", "keras"))
-    described = card.describe(model, CONFIG)
+    monkeypatch.setattr(model_card, "PARTS", ("no_such_package_here", "keras"))
+    described = model_card.describe(model, CONFIG)
     assert described["made_with"]["no_such_package_here"] == "not installed"
     assert described["made_with"]["keras"] == keras.__version__
-    page = card._page(described)
+    page = model_card._page(described)
     assert "<script" not in page and "\x1b" not in page and "\\x1b[2J" in page
     assert json.loads(json.dumps(described))["categories"] == model.categories

@@ -17,15 +17,16 @@ from retinanet_keras import __main__ as command_line
 from retinanet_keras import objective, targets
 from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
 from retinanet_keras.config import config_from_dict, load_config
-from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data import canvas, dataset_formats, image_decoding
 from retinanet_keras.data.shapes import NAMES
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments import paper, timing
-from retinanet_keras.experiments.figures import architecture, curves, distribution, speed, star
+from retinanet_keras.experiments.figures import architecture, distribution, loss_curves, speed, star
 from retinanet_keras.losses import FocalLoss, SmoothL1Loss
-from retinanet_keras.results.draw import PALETTE
-from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunFolder, build_model
+from retinanet_keras.training.build import build_model
+from retinanet_keras.training.resume import Checkpoints
+from retinanet_keras.training.run_folder import RunFolder
+from retinanet_keras.visualization.draw import PALETTE
 
 pytestmark = pytest.mark.eager
 
@@ -57,7 +58,7 @@ def run(tiny_config, data_dir, tmp_path_factory):
     """A run's folder with a checkpoint of random weights and an AP."""
     config = tiny_config(data_dir)
     folder = RunFolder(tmp_path_factory.mktemp("figures") / "tiny")
-    categories = sources.open_split(config.data, "train").categories
+    categories = dataset_formats.open_split(config.data, "train").categories
     folder.start(config, categories)
     keras.utils.set_random_seed(0)
     checkpoints = Checkpoints(build_model(config, categories), folder, 1)
@@ -81,18 +82,18 @@ def minus_log(x):
 
 
 CLOSED = [  # Appendix B for y = 1: loss, value, derivative; 1 - p_t is sigmoid(-x_t)
-    (curves.focal_of(0.0), minus_log, lambda x: -sigmoid(-x)),
-    (curves.focal_of(2.0), lambda x: sigmoid(-x) ** 2 * minus_log(x),
+    (loss_curves.focal_of(0.0), minus_log, lambda x: -sigmoid(-x)),
+    (loss_curves.focal_of(2.0), lambda x: sigmoid(-x) ** 2 * minus_log(x),
      lambda x: sigmoid(-x) ** 2 * (-2 * sigmoid(x) * minus_log(x) - sigmoid(-x))),
-    (curves.star_of(2.0, 1.0), lambda x: minus_log(2 * x + 1) / 2, lambda x: -sigmoid(-(2 * x + 1))),
-    (curves.star_of(4.0, 0.0), lambda x: minus_log(4 * x) / 4, lambda x: -sigmoid(-4 * x)),
+    (loss_curves.star_of(2.0, 1.0), lambda x: minus_log(2 * x + 1) / 2, lambda x: -sigmoid(-(2 * x + 1))),
+    (loss_curves.star_of(4.0, 0.0), lambda x: minus_log(4 * x) / 4, lambda x: -sigmoid(-4 * x)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("loss, value, slope", CLOSED)
 def test_curves_and_their_derivatives(loss, value, slope):
     x, step = np.linspace(-5, 5, 201), 1e-6
-    own_value, own_slope = curves.value_and_slope(loss, x)
+    own_value, own_slope = loss_curves.value_and_slope(loss, x)
     assert own_value.dtype == own_slope.dtype == np.float64
     np.testing.assert_allclose(own_value, value(x), rtol=1e-10)
     np.testing.assert_allclose(own_slope, slope(x), rtol=1e-8, atol=1e-12)
@@ -364,12 +365,12 @@ def test_terms_by_hand():
 def test_terms_are_those_of_the_loss(run, tiny_config, data_dir):
     """As many as its targets, and with the sum that training divides by the normalizer, for each gamma."""
     config, model = tiny_config(data_dir), distribution.load_run(run)[1]
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     positive, negative, seen = distribution.collect(model, dataset, config)
     counts, settings = {"positive": 0, "negative": 0}, [*((gamma, None) for gamma in distribution.GAMMAS), (2.0, 0.25)]
     totals = np.zeros(len(settings))
     for i in range(len(dataset)):
-        pixels, size, scale = pipeline.fit(sources.image_of(dataset, i)[None], 64, 64)
+        pixels, size, scale = canvas.fit(image_decoding.image_of(dataset, i)[None], 64, 64)
         outputs = model.outputs_in_graph(pixels, size[None])
         anchors = anchor_boxes(*pixels.shape[1:3], config.anchors)
         gt_boxes, gt_labels = dataset.boxes_of(i) * scale, dataset.labels_of(i)
@@ -393,7 +394,7 @@ def test_terms_are_those_of_the_loss(run, tiny_config, data_dir):
 @pytest.mark.slow
 def test_it_stops_at_the_papers_numbers_of_windows(run, tiny_config, data_dir, monkeypatch):
     config, model = tiny_config(data_dir), distribution.load_run(run)[1]
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     monkeypatch.setattr(distribution, "CHUNK", 2)
     monkeypatch.setattr(distribution, "POSITIVES", 1)
     monkeypatch.setattr(distribution, "NEGATIVES", 1000)

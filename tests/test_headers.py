@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras.data import headers, sources
+from retinanet_keras.data import image_decoding, image_headers
 
 WIDTH, HEIGHT = 301, 87
 SAVED = {
@@ -34,7 +34,7 @@ def animation(frames):
 
 @pytest.fixture(scope="module")
 def pixels():
-    return tf.function(headers.pixels, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+    return tf.function(image_headers.pixels, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -62,7 +62,7 @@ def test_a_header_that_is_cut_off_is_small_or_an_error(pixels, data):
 def test_a_giant_is_refused_by_its_header_alone():
     """Its 10 gigapixels would be 30 GB."""
     text = tf.TensorSpec([], tf.string)
-    check = tf.function(lambda data: headers.checked(data, 1_000_000), input_signature=[text], autograph=False)
+    check = tf.function(lambda data: image_headers.checked(data, 1_000_000), input_signature=[text], autograph=False)
     giants = {
         "png": (encoded("PNG"), 16, ">II"), "bmp": (encoded("BMP"), 18, "<ii"), "gif": (animation(1), None, "<HH"),
         "extended": (encoded("WEBP", exif=b"Exif\0\0MM"), None, ""),
@@ -90,7 +90,7 @@ def test_a_gif_of_very_many_blocks_is_refused_soon():
     data = animation(1)
     start = data.index(b"\x2c\0\0\0\0") + 11  # after the frame's header and the size of its codes
     endless = data[:start] + b"\x01\x55" * 500_000 + b"\0\x3b"
-    check = tf.function(headers.checked, autograph=False)  # op by op it would take minutes
+    check = tf.function(image_headers.checked, autograph=False)  # op by op it would take minutes
     with pytest.raises(tf.errors.InvalidArgumentError, match="at most"):
         check(endless, 10**6)
 
@@ -99,14 +99,14 @@ def test_a_gif_of_very_many_blocks_is_refused_soon():
 def test_other_formats_are_refused_before_they_are_decoded(data):
     """JPEG XL among them, which some TensorFlows decode."""
     with pytest.raises(tf.errors.InvalidArgumentError, match="expected JPEG, PNG, GIF, BMP or WebP"):
-        headers.checked(data, 10**6)
+        image_headers.checked(data, 10**6)
 
 
 def test_the_limit_itself_passes():
     data = encoded("PNG")
-    assert headers.checked(data, WIDTH * HEIGHT).numpy() == data
+    assert image_headers.checked(data, WIDTH * HEIGHT).numpy() == data
     with pytest.raises(tf.errors.InvalidArgumentError):
-        headers.checked(data, WIDTH * HEIGHT - 1)
+        image_headers.checked(data, WIDTH * HEIGHT - 1)
 
 
 @pytest.mark.parametrize("lossless", [False, True])
@@ -115,7 +115,7 @@ def test_transparency_of_a_webp_is_dropped(channels, lossless):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, channels), "uint8")
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=lossless, exact=True)
-    found = sources.decode(headers.checked(buffer.getvalue(), 600)).numpy()
+    found = image_decoding.decode(image_headers.checked(buffer.getvalue(), 600)).numpy()
     expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGBA"))[..., :3]
     np.testing.assert_array_equal(found, expected)
 
@@ -125,4 +125,4 @@ def test_an_animated_webp_is_refused():
     buffer = io.BytesIO()
     images[0].save(buffer, "WEBP", save_all=True, append_images=images[1:])
     with pytest.raises(tf.errors.InvalidArgumentError, match="this one is animated"):
-        sources.decode(buffer.getvalue())
+        image_decoding.decode(buffer.getvalue())

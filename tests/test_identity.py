@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from retinanet_keras.cli.evaluate import evaluate
 from retinanet_keras.config import DetectionConfig, config_from_dict
-from retinanet_keras.evaluate import evaluate
-from retinanet_keras.identity import identity
-from retinanet_keras.training.checkpoints import load_trained
+from retinanet_keras.evaluation.identity import identity
+from retinanet_keras.training.resume import load_trained
 
 pytestmark = pytest.mark.eager
 

@@ -12,10 +12,11 @@ import tensorflow as tf
 from PIL import Image, PngImagePlugin
 
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import coco, inspection, pipeline, sources
-from retinanet_keras.data.coco import DataError
-from retinanet_keras.data.image_files import look_at
+from retinanet_keras.data import coco, dataset_formats, image_decoding, inference_batches, training_batches
 from retinanet_keras.data.listing import image_files
+from retinanet_keras.dataset_check import inspection
+from retinanet_keras.dataset_check.image_files import look_at
+from retinanet_keras.errors import DataError
 
 pytestmark = pytest.mark.eager
 
@@ -52,7 +53,7 @@ def made(tmp_path):
             with open(os.path.join(os.fsencode(tmp_path / "images"), os.fsencode(name)), "wb") as file:
                 file.write(buffer.getvalue())
         for split in ("train", "val"):
-            sources.splits.write(tmp_path / f"annotations/instances_{split}.json", *map(tree.get, tree_keys))
+            image_decoding.splits.write(tmp_path / f"annotations/instances_{split}.json", *map(tree.get, tree_keys))
         data = {"source": "coco", "dir": str(tmp_path), "short_side": 48, "max_side": 64, "train_split": "train",
                 "val_split": "val", **settings}  # fmt: skip
         return config_from_dict({"data": data}), tmp_path / "images"
@@ -65,11 +66,14 @@ def test_a_named_pipe_is_refused_before_it_is_opened(made):
     config, images = made("a.png", "b.png")
     (images / "b.png").unlink()
     os.mkfifo(images / "b.png")
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     for check in (lambda: inspection.check_before_training(dataset, config), lambda: inspection.check_files(dataset)):
         with pytest.raises(DataError, match="1 images that are not regular files: .*b.png"):
             check()
-    for read in (lambda: sources.image_of(dataset, 1), lambda: sources.read_image(images / "b.png", LIMIT)):
+    for read in (
+        lambda: image_decoding.image_of(dataset, 1),
+        lambda: image_decoding.read_image(images / "b.png", LIMIT),
+    ):
         with pytest.raises(DataError, match="b.png cannot be read as an image: it is not a regular file"):
             read()
 
@@ -99,21 +103,21 @@ def test_a_command_line_takes_regular_files_alone(tmp_path, caplog):
 
 def test_a_giant_is_refused_by_its_header_wherever_it_is_read(made):
     config, images = made("a.png", "b.png", max_pixels=LIMIT)
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     inspection.check_before_training(dataset, config)
-    assert sources.image_of(dataset, 1).shape == (48, 64, 3)  # of as many pixels as are allowed
+    assert image_decoding.image_of(dataset, 1).shape == (48, 64, 3)  # of as many pixels as are allowed
     giant(images / "b.png")
     words = r"b.png has 10,000,000,000 pixels by its header, more than data.max_pixels, 3,072\. Make it smaller"
     with pytest.raises(DataError, match=words):
-        sources.image_of(dataset, 1)
+        image_decoding.image_of(dataset, 1)
     with pytest.raises(DataError, match=words):
-        sources.read_image(images / "b.png", LIMIT)
-    assert len(sources.unusable_images(dataset, [0, 1])) == 1
-    plan = pipeline.inference_plan(dataset.sizes, 2)
+        image_decoding.read_image(images / "b.png", LIMIT)
+    assert len(image_decoding.unusable_images(dataset, [0, 1])) == 1
+    plan = inference_batches.inference_plan(dataset.sizes, 2)
     for batches in (
-        pipeline.training_batches(dataset, config.data, batch_size=2, seed=0),
-        pipeline.inference_batches(dataset, plan, config.data),
-        pipeline.inference_batches(dataset.subset([1]), [np.array([0])]),
+        training_batches.training_batches(dataset, config.data, batch_size=2, seed=0),
+        inference_batches.inference_batches(dataset, plan, config.data),
+        inference_batches.inference_batches(dataset.subset([1]), [np.array([0])]),
     ):
         with pytest.raises(tf.errors.InvalidArgumentError, match="expected an image of at most"):
             next(iter(batches))
@@ -121,7 +125,7 @@ def test_a_giant_is_refused_by_its_header_wherever_it_is_read(made):
 
 def test_inspect_decodes_no_image_that_is_too_large_by_its_header(made, monkeypatch):
     config, images = made("a.png", "b.png", max_pixels=LIMIT)
-    dataset, loaded, load = sources.open_split(config.data, "train"), [], PngImagePlugin.PngImageFile.load
+    dataset, loaded, load = dataset_formats.open_split(config.data, "train"), [], PngImagePlugin.PngImageFile.load
     Image.new("RGB", (64, 49)).save(images / "b.png")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: loaded.append(self.size) or load(self))
     files = [look_at(dataset, i) for i in (0, 1)]
@@ -131,7 +135,7 @@ def test_inspect_decodes_no_image_that_is_too_large_by_its_header(made, monkeypa
 
 def test_inspect_leaves_other_formats_and_damaged_files_to_the_decoder_and_hides_no_other_error(made, monkeypatch):
     config, images = made("a.png", "b.png", "c.png")
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     Image.new("RGB", (64, 48)).save(images / "a.png", "TIFF")
     (images / "b.png").write_bytes((images / "b.png").read_bytes()[:40])
     for file in (look_at(dataset, 0), look_at(dataset, 1)):
@@ -147,7 +151,7 @@ def test_inspect_leaves_other_formats_and_damaged_files_to_the_decoder_and_hides
 
 def test_images_that_are_too_large_by_their_annotations_stop_at_once(made):
     config, _ = made("a.png", "b.png", max_pixels=LIMIT - 1)
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     for check in (lambda: inspection.check_before_training(dataset, config), lambda: inspection.check_files(dataset)):
         with pytest.raises(DataError, match=r"2 images of more than data.max_pixels, 3,071: .*a.png has 3,072"):
             check()
@@ -166,9 +170,9 @@ NAMES = ["\udcff\udcfe.png", "\x1b[31m.png", "a" * 251 + ".png", "ß\u202e.png"]
 
 def test_files_of_any_name_are_read(made):
     config, _ = made(*NAMES)
-    dataset = sources.open_split(config.data, "train")
+    dataset = dataset_formats.open_split(config.data, "train")
     inspection.check_before_training(dataset, config)
-    (batch,) = pipeline.inference_batches(dataset, [np.arange(4)], config.data)
+    (batch,) = inference_batches.inference_batches(dataset, [np.arange(4)], config.data)
     assert batch[0][:, 0, 0, 0].numpy().tolist() == [0, 1, 2, 3]
 
 
@@ -177,11 +181,11 @@ def test_names_that_no_disk_has_are_told(made):
     text = (images.parent / "annotations/instances_train.json").read_text()
     for name, shown in (("b" * 300, "bbb"), (r"half \ud800", r"half \\ud800"), (r"null \u0000", r"null \\x00")):
         (images.parent / "annotations/instances_train.json").write_text(text.replace("a.png", name))
-        dataset = sources.open_split(config.data, "train")
+        dataset = dataset_formats.open_split(config.data, "train")
         with pytest.raises(DataError, match=f"1 image files that do not exist: .*{shown}"):
             inspection.check_before_training(dataset, config)
         with pytest.raises(DataError, match="cannot be read as an image"):
-            sources.image_of(dataset, 0)
+            image_decoding.image_of(dataset, 0)
 
 
 def test_what_a_check_says_of_names_is_text(made, capsys):

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_keras import anchors, boxes, storage
+from retinanet_keras import anchors, boxes
 from retinanet_keras.config import AnchorConfig, config_from_dict
-from retinanet_keras.data import coco, inspection, reach
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.data import coco
+from retinanet_keras.dataset_check import inspection, reach
+from retinanet_keras.errors import DataError
+from retinanet_keras.storage import disk
 
 SPLITS = {"train_split": "train", "val_split": "val"}
 BCCD = Path(__file__).parents[1].parent / "shared/data/bccd"
@@ -80,7 +82,7 @@ def test_a_sound_dataset(dataset, capsys):
     assert train["image_modes"] == {"RGB": 6} and train["left_out"] == {}
     out = dataset.folder / "out"
     files = {"report.txt", "report.json", *(f"{s}_{p}.png" for s in ("train", "val") for p in ("boxes", "anchors"))}
-    assert {path.name for path in out.iterdir()} == {*files, storage.LOCK}
+    assert {path.name for path in out.iterdir()} == {*files, disk.LOCK}
     assert json.loads((out / "report.json").read_text()) == report
     printed = capsys.readouterr().out
     assert (out / "report.txt").read_text().strip() in printed

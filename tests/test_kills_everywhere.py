@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from kills import Killed, Kills, everywhere
 
-from retinanet_keras import storage
 from retinanet_keras.config import Config
 from retinanet_keras.data.coco import Categories
-from retinanet_keras.results import draw, report
-from retinanet_keras.results.evaluation import coco_metrics
+from retinanet_keras.evaluation import report
+from retinanet_keras.evaluation.coco_metrics import coco_metrics
+from retinanet_keras.storage import disk
 from retinanet_keras.training import best, log_file
-from retinanet_keras.training.folder import RunFolder
+from retinanet_keras.training.run_folder import RunFolder
+from retinanet_keras.visualization import draw
 
 pytestmark = pytest.mark.check
 CATEGORIES = Categories.from_list([{"label": 0, "id": 1, "name": "cat"}])
@@ -88,12 +89,12 @@ def test_a_folder_that_is_replaced(tmp_path, monkeypatch, exchange):
     """Without renameat2 there is a moment in which the place is empty, and the old folder beside it."""
 
     def act(folder):
-        with storage.replacing_folder(folder / "1") as partial:
+        with disk.replacing_folder(folder / "1") as partial:
             (partial / "a").write_text("new")
             (partial / "c").write_text("new")
 
     if not exchange:
-        monkeypatch.setattr(storage.sys, "platform", "other")
+        monkeypatch.setattr(disk.sys, "platform", "other")
     (tmp_path / "before/1").mkdir(parents=True)
     for name in "ab":
         (tmp_path / "before/1" / name).write_text("old")

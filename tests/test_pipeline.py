@@ -9,9 +9,9 @@ import tensorflow as tf
 from PIL import Image
 
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import augmentation, buckets, coco, pipeline
+from retinanet_keras.data import augmentation, buckets, canvas, coco, inference_batches, training_batches
+from retinanet_keras.errors import ConfigError
 from retinanet_keras.model import PAD_COLOR
-from retinanet_keras.settings import ConfigError
 
 PLAIN = config_from_dict({"data": {"short_side": 64, "max_side": 96, "flip": 0.0}}).data
 
@@ -50,38 +50,38 @@ def dataset(tmp_path):
     ],
 )
 def test_resized(size, expected, scale):
-    target, factor = pipeline.resized(np.array(size), 800, 1333)
+    target, factor = canvas.resized(np.array(size), 800, 1333)
     assert tuple(target.numpy()) == expected
     np.testing.assert_allclose(factor, scale, rtol=1e-6)
 
 
 def test_fit_pads_right_and_bottom_with_the_mean_colour():
     image = np.full((1, 50, 70, 3), 200, "uint8")
-    canvas, size, scale = pipeline.fit(image, 50, 100)
-    assert canvas.shape == (1, 64, 96, 3) and tuple(size.numpy()) == (50, 70) and scale == 1.0
-    assert (canvas[0, :50, :70].numpy() == 200).all()
-    assert (canvas[0, 50:].numpy() == PAD_COLOR).all() and (canvas[0, :, 70:].numpy() == PAD_COLOR).all()
+    padded, size, scale = canvas.fit(image, 50, 100)
+    assert padded.shape == (1, 64, 96, 3) and tuple(size.numpy()) == (50, 70) and scale == 1.0
+    assert (padded[0, :50, :70].numpy() == 200).all()
+    assert (padded[0, 50:].numpy() == PAD_COLOR).all() and (padded[0, :, 70:].numpy() == PAD_COLOR).all()
 
 
 def test_fit_samples_at_pixel_centres():
     """Doubling a ramp: new pixels lie a quarter of the way between old ones."""
     image = np.array([0, 40, 80, 120], "uint8")[None, None, :, None] * np.ones((1, 4, 1, 3), "uint8")
-    canvas, _, _ = pipeline.fit(image, 8, 8)
-    assert canvas[0, 4, :8, 0].numpy().tolist() == [0, 10, 30, 50, 70, 90, 110, 120]
+    padded, _, _ = canvas.fit(image, 8, 8)
+    assert padded[0, 4, :8, 0].numpy().tolist() == [0, 10, 30, 50, 70, 90, 110, 120]
 
 
 def test_to_original_is_the_inverse_of_the_resize():
-    _, size, scale = pipeline.fit(np.zeros((1, 120, 200, 3), "uint8"), 60, 90)
+    _, size, scale = canvas.fit(np.zeros((1, 120, 200, 3), "uint8"), 60, 90)
     box = np.array([[[20.0, 30, 100, 90], [-5, -5, 1000, 1000]]], "float32")
-    back = pipeline.to_original(box * scale, scale, [120, 200]).numpy()
+    back = canvas.to_original(box * scale, scale, [120, 200]).numpy()
     np.testing.assert_allclose(back[0, 0], box[0, 0], rtol=1e-6)
     assert back[0, 1].tolist() == [0, 0, 200, 120]
 
 
 def test_inference_batches_hold_one_canvas_each_and_every_image_once(dataset):
     seen = {}
-    plan = pipeline.inference_plan(dataset.sizes, 2, PLAIN)
-    for indices, (images, info) in zip(plan, pipeline.inference_batches(dataset, plan, PLAIN), strict=True):
+    plan = inference_batches.inference_plan(dataset.sizes, 2, PLAIN)
+    for indices, (images, info) in zip(plan, inference_batches.inference_batches(dataset, plan, PLAIN), strict=True):
         assert len(images) <= 2 and info["image_id"].numpy().tolist() == dataset.image_ids[indices].tolist()
         for i, image_id in enumerate(info["image_id"].numpy()):
             seen[image_id] = images.shape[1:3], tuple(info["size"][i].numpy()), tuple(info["original_size"][i].numpy())
@@ -120,7 +120,7 @@ def test_a_set_smaller_than_a_batch_is_repeated():
     ],
 )
 def test_training_canvases_are_the_smallest_that_hold_all(dataset, count, canvases, of_images):
-    found, bucket = pipeline.training_canvases(dataset.sizes, settings(buckets=count))
+    found, bucket = training_batches.training_canvases(dataset.sizes, settings(buckets=count))
     assert found.tolist() == canvases and bucket.tolist() == of_images
 
 
@@ -162,15 +162,15 @@ def test_a_split_needs_the_fewest_pixels_of_all_divisions_in_two():
 def test_every_image_fits_its_training_canvas():
     sizes = np.random.default_rng(0).integers(50, 700, (2000, 2))
     config = settings(buckets=5, short_side=256, max_side=400)
-    canvases, bucket = pipeline.training_canvases(sizes, config)
-    fitted = pipeline.resized(sizes, config.short_side, config.max_side)[0].numpy()
+    canvases, bucket = training_batches.training_canvases(sizes, config)
+    fitted = canvas.resized(sizes, config.short_side, config.max_side)[0].numpy()
     assert len(canvases) == 5 and (fitted <= canvases[bucket]).all() and (canvases % 32 == 0).all()
     portrait = sizes[:, 0] > sizes[:, 1]
     assert all(len(set(portrait[bucket == b])) == 1 for b in range(5))
 
 
 def test_training_batches_have_the_contracts_form(dataset):
-    images, truth = next(iter(pipeline.training_batches(dataset, PLAIN, batch_size=2, seed=0)))
+    images, truth = next(iter(training_batches.training_batches(dataset, PLAIN, batch_size=2, seed=0)))
     assert images.dtype == tf.uint8 and tuple(images.shape) in {(2, 64, 96, 3), (2, 96, 64, 3)}
     assert truth["boxes"].shape == (2, 3, 4) and truth["labels"].shape == (2, 3)  # 3 boxes is the most of one image
     for i, image_id in enumerate(truth["image_id"].numpy()):
@@ -187,7 +187,7 @@ RANDOM = {"flip": 0.5, "vertical_flip": 0.5, "scale_jitter": [0.8, 1.3], "aspect
 
 def batches(dataset, config, count, **arguments):
     """The first `count` batches, NumPy, the images among the truth as "images"."""
-    stream = pipeline.training_batches(dataset, config, **{"batch_size": 4, "seed": 5, **arguments})
+    stream = training_batches.training_batches(dataset, config, **{"batch_size": 4, "seed": 5, **arguments})
     return [{"images": images, **truth} for images, truth in stream.take(count).as_numpy_iterator()]
 
 
@@ -211,7 +211,7 @@ def test_batches_from_a_later_step_are_those_of_an_uninterrupted_run(dataset, ch
 
 def test_a_batch_that_does_not_divide_is_refused(dataset):
     with pytest.raises(ConfigError, match="train.batch_size: 6 images .* expected a multiple of 4"):
-        pipeline.training_batches(dataset, settings(), batch_size=6, seed=0, share=(0, 2), parts=2)
+        training_batches.training_batches(dataset, settings(), batch_size=6, seed=0, share=(0, 2), parts=2)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_shares_and_parts_are_the_same_stream(dataset, workers, parts):
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(dataset):
     with pytest.raises(ConfigError, match="16 images.* 3 workers .* 2 replicas .* multiple of 6"):
-        pipeline.training_batches(dataset, PLAIN, batch_size=16, seed=0, share=(0, 3), parts=2)
+        training_batches.training_batches(dataset, PLAIN, batch_size=16, seed=0, share=(0, 3), parts=2)
 
 
 def test_produced_is_called_once_for_each_batch(dataset):
@@ -248,7 +248,7 @@ def test_skipped_images_are_told_and_replaced_from_their_bucket(dataset):
     told = []
     config = settings(bad_images="skip")
     found = batches(dataset, config, 12, skipped=lambda *args: told.append(args))
-    order = buckets.TrainingOrder(pipeline.training_canvases(dataset.sizes, config)[1], 4, seed=5)
+    order = buckets.TrainingOrder(training_batches.training_canvases(dataset.sizes, config)[1], 4, seed=5)
     replaced = collections.defaultdict(set)
     for step, batch in enumerate(found):
         for planned, seen in zip(order.batch(step), batch["image_id"] - 10, strict=True):
@@ -287,7 +287,7 @@ def test_an_image_is_fatal_when_its_replacements_cannot_be_used_either(dataset):
     ],
 )
 def test_decoding_is_reduced_as_far_as_no_pixel_is_missed(size, changes, halvings):
-    assert pipeline.reducible(np.array([size]), settings(**changes)).tolist() == [halvings]
+    assert training_batches.reducible(np.array([size]), settings(**changes)).tolist() == [halvings]
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_reduced_decoding_moves_pixels_and_boxes_alike_when_zoomed(photograph):
 
 
 def test_reduced_decoding_leaves_other_files_than_jpegs_alone(dataset):
-    assert pipeline.reducible(dataset.sizes, PLAIN).any()
+    assert training_batches.reducible(dataset.sizes, PLAIN).any()
     assert_equal_batches(batches(dataset, settings(decode="reduced"), 4), batches(dataset, PLAIN, 4))
 
 
@@ -344,7 +344,7 @@ def augmented(config, seed=0, image=None, boxes=((10, 8, 30, 40),), canvas=(64, 
     image = np.zeros((64, 96, 3), "uint8") if image is None else image
     truth = {"boxes": tf.constant(boxes, tf.float32), "labels": tf.range(len(boxes))}
     size, seed = tf.constant(image.shape[:2]), tf.constant([1, seed], tf.int64)
-    return pipeline.augment(tf.constant(image), size, truth, tf.constant(canvas), config, seed)
+    return training_batches.augment(tf.constant(image), size, truth, tf.constant(canvas), config, seed)
 
 
 def bright_box(pixels):
@@ -387,12 +387,12 @@ def test_zoom_moves_pixels_and_boxes_alike():
 def test_shrinking_crops_nothing_keeps_the_cap_and_pads_right_and_bottom(size):
     """1507 x 0.064 is 96.4, which is rounded to 96, the canvas's side: the last 7 columns must not be lost to it."""
     config = config_from_dict({"data": {"short_side": 64, "max_side": 150, "scale_jitter": [0.8, 1.0], "flip": 0}}).data
-    fitted, base = pipeline.resized(np.array(size), 64, 150)
+    fitted, base = canvas.resized(np.array(size), 64, 150)
     (height, width), fitted, base = size, fitted.numpy(), float(base)
     boxes = ((0, 0, width, height), (0, 0, width / 2, height), (0, height / 2, width, height))
     factors = []
     for seed in range(12):
-        pixels, truth = augmented(config, seed, np.full((*size, 3), 255, "uint8"), boxes, pipeline.padded(fitted))
+        pixels, truth = augmented(config, seed, np.full((*size, 3), 255, "uint8"), boxes, canvas.padded(fitted))
         (x1, y1, x2, y2), left, lower = truth["boxes"].numpy()
         assert truth["size"].numpy().tolist() == bright_box(pixels)[:1:-1] and bright_box(pixels)[:2] == [0, 0]
         np.testing.assert_allclose([x1, y1, x2, y2], bright_box(pixels), atol=0.51)  # sizes are whole pixels
@@ -432,5 +432,7 @@ def test_colour_jitter_shifts_within_its_range():
 def test_an_image_of_another_size_than_annotated_stops_the_stream(dataset):
     Image.new("RGB", (50, 50)).save(dataset.files[0])
     with pytest.raises(tf.errors.InvalidArgumentError, match="differ in size"):
-        for _, _ in zip(range(4), pipeline.training_batches(dataset, PLAIN, batch_size=2, seed=0), strict=False):
+        for _, _ in zip(
+            range(4), training_batches.training_batches(dataset, PLAIN, batch_size=2, seed=0), strict=False
+        ):
             pass

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from keras import ops
 
-from retinanet_keras import RetinaNet, pretrained
+from retinanet_keras import RetinaNet
 from retinanet_keras import backbone as backbones
 from retinanet_keras.errors import UserError
+from retinanet_keras.weights import imagenet
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def application():
 
 def test_equal_to_keras_applications(application):
     model = backbones.resnet("resnet50", norm="frozen")
-    pretrained.load_imagenet(model, application)
+    imagenet.load_imagenet(model, application)
     image = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3)).astype("float32")
     ours = model((image - np.float32(backbones.MEAN)) / np.float32(backbones.STD), training=False)
     layers = {"c3": "conv3_block4_out", "c4": "conv4_block6_out", "c5": "conv5_block3_out"}
@@ -54,7 +55,7 @@ def test_the_stem_takes_another_division_of_pixels(application):
     outputs = []
     for std in (backbones.STD, (1.0, 1.0, 1.0)):
         model = backbones.resnet("resnet50", norm="frozen")
-        pretrained.load_imagenet(model, application, std)
+        imagenet.load_imagenet(model, application, std)
         outputs.append(ops.convert_to_numpy(model(image / np.float32(std))["c3"]))
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-3 * outputs[0].max())
 
@@ -65,7 +66,7 @@ def test_the_stem_takes_another_division_of_pixels(application):
 def test_a_file_brings_weights_and_pixel_mean(tmp_path):
     keras.utils.set_random_seed(0)
     source = backbones.resnet("resnet18", width=8, norm="frozen")
-    pretrained.save(source, tmp_path / "a.weights.h5", (1.0, 2.0, 3.0))
+    imagenet.save(source, tmp_path / "a.weights.h5", (1.0, 2.0, 3.0))
     net = RetinaNet(2, "resnet18", width=8, weights=tmp_path / "a.weights.h5", fpn_channels=16, head_depth=1)
     assert net.pixel_mean == (1.0, 2.0, 3.0)
     for ours, theirs in zip(net.backbone.get_weights(), source.get_weights(), strict=True):
@@ -79,7 +80,7 @@ def test_a_file_brings_weights_and_pixel_mean(tmp_path):
 
 def test_no_imagenet_weights_for_resnet18():
     with pytest.raises(ValueError, match="not for resnet18"):
-        pretrained.load_imagenet(backbones.resnet("resnet18", width=8))
+        imagenet.load_imagenet(backbones.resnet("resnet18", width=8))
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
@@ -88,4 +89,4 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(keras.applications, "ResNet50", fail)
     with pytest.raises(UserError, match="model.weights"):
-        pretrained.load_imagenet(backbones.resnet("resnet50", width=8, norm="frozen"))
+        imagenet.load_imagenet(backbones.resnet("resnet50", width=8, norm="frozen"))

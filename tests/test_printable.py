@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retinanet_keras.printable import printable
+from retinanet_keras.storage.printable import printable
 
 pytestmark = pytest.mark.check
 

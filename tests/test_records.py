@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from retinanet_keras.data.coco import Categories, DataError
-from retinanet_keras.results import records
-from retinanet_keras.results.evaluation import coco_metrics, to_results
-from retinanet_keras.results.records import Records
+from retinanet_keras.data.coco import Categories
+from retinanet_keras.errors import DataError
+from retinanet_keras.evaluation import results
+from retinanet_keras.evaluation.coco_metrics import coco_metrics, to_results
+from retinanet_keras.evaluation.results import Records
 
 pytestmark = pytest.mark.check
 
@@ -36,12 +37,12 @@ def test_numbers_are_the_shortest_decimals_of_their_float32():
         bits[np.isfinite(bits)], rng.random(20_000), rng.uniform(-10, 2000, 20_000).round(2), ties,
         10.0 ** -np.arange(45), [0, -0.0, 0.1, 1 / 3, 2**23, 2**23 + 1, 2**24 + 2, 1e10, 4194304.25],
     ]).astype("float32")  # fmt: skip
-    assert records.shortest(values).tolist() == [float(str(v)) for v in values]
-    assert records.shortest(np.zeros((0, 4))).shape == (0, 4)
+    assert results.shortest(values).tolist() == [float(str(v)) for v in values]
+    assert results.shortest(np.zeros((0, 4))).shape == (0, 4)
 
 
 def test_the_file_is_the_json_of_the_dicts(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK", 7)  # several writes
+    monkeypatch.setattr(results, "CHUNK", 7)  # several writes
     of, dicts = filled()
     of.write(tmp_path / "new/results.json")
     assert (tmp_path / "new/results.json").read_text() == json.dumps(dicts, separators=(",", ":"))

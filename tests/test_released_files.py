@@ -36,7 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retinanet_keras.errors import UserError
-from retinanet_keras.released import files
+from retinanet_keras.weights import reader
 
 DATA = Path(__file__).parent / "data"
 KERNEL = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -82,7 +82,7 @@ def test_files_of_pytorch_have_their_values(name):
         "parameter": np.eye(2, dtype=np.float32),
         "empty": np.zeros((0, 3), np.float32),
     }
-    assert_same(files.read(DATA / name), expected)
+    assert_same(reader.read(DATA / name), expected)
 
 
 class Raw:
@@ -143,13 +143,13 @@ def test_every_type_and_byte_order_of_pytorch_is_read(written, kind, dtype, orde
     values = np.array([0, 1, 0, 1, 1]).astype(dtype) if dtype == "?" else np.array([0, 1, 100, 7, 3]).astype(dtype)
     raw = values.astype(values.dtype.newbyteorder(order)).tobytes()
     content = torch_zip({"w": tensor(kind, 5, 0, (5,), (1,))}, {"0": raw}, order=order.encode())
-    assert_same(files.read(written(content)), {"w": values})
+    assert_same(reader.read(written(content)), {"w": values})
 
 
 def test_bfloat16_is_the_upper_half_of_float32(written):
     values = np.float32([0, -0.0, 1, -2.5, 3e38, 1e-40, np.inf, -np.inf]).view(np.uint32) & 0xFFFF0000
     raw = (values >> 16).astype("<u2").tobytes()
-    read = files.read(written(torch_zip({"w": tensor("BFloat16Storage", 8, 0, (2, 4), (4, 1))}, {"0": raw})))
+    read = reader.read(written(torch_zip({"w": tensor("BFloat16Storage", 8, 0, (2, 4), (4, 1))}, {"0": raw})))
     assert_same(read, {"w": values.view(np.float32).reshape(2, 4)})
     assert np.signbit(read["w"][0, 1])
 
@@ -171,16 +171,16 @@ def test_views_share_a_storage_with_offsets_and_strides(written, legacy):
         "last": np.array(base[19]),
         "none": np.zeros((2, 0), np.float32),
     }
-    assert_same(files.read(path), expected)
+    assert_same(reader.read(path), expected)
 
 
 def test_views_of_storages_in_the_older_format_begin_where_they_say(written):
     content = {"w": tensor("IntStorage", 10, 1, (2,), (1,), view=(("view", 4, 3),))}
     raw = np.arange(10, dtype=np.int32).tobytes()
-    assert_same(files.read(written(torch_legacy(content, {"0": (10, raw)}))), {"w": np.int32([5, 6])})
+    assert_same(reader.read(written(torch_legacy(content, {"0": (10, raw)}))), {"w": np.int32([5, 6])})
     content = {"w": tensor("IntStorage", 10, 1, (3,), (1,), view=(("view", 4, 3),))}
     with pytest.raises(UserError, match="leaves its storage"):
-        files.read(written(torch_legacy(content, {"0": (10, raw)})))
+        reader.read(written(torch_legacy(content, {"0": (10, raw)})))
 
 
 def test_storages_outside_of_the_weights_are_not_read(written):
@@ -188,7 +188,7 @@ def test_storages_outside_of_the_weights_are_not_read(written):
     weight = tensor("FloatStorage", 2, 0, (2,), (1,))
     content = {"model": {"w": weight}, "optimizer": {"m": tensor("FloatStorage", 2, 0, (2,), (1,), key="1")}}
     path = written(torch_zip(content, {"0": np.float32([1, 2]).tobytes()}))
-    assert_same(files.read(path), {"w": np.float32([1, 2])})
+    assert_same(reader.read(path), {"w": np.float32([1, 2])})
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_tensors_that_leave_their_storage_are_refused(written, offset, size, str
     content = {"w": tensor("FloatStorage", 12, offset, size, stride, view=(None,) if legacy else ())}
     path = written(torch_legacy(content, {"0": (12, raw)}) if legacy else torch_zip(content, {"0": raw}))
     with pytest.raises(UserError, match="damaged"):
-        files.read(path)
+        reader.read(path)
 
 
 def float_file(stated, present, *, legacy):
@@ -217,23 +217,23 @@ def float_file(stated, present, *, legacy):
 @pytest.mark.parametrize("present", [0, 3, 5])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_storage_must_have_the_length_that_is_stated(written, present, legacy):
-    files.read(written(float_file(4, 4, legacy=legacy)))
+    reader.read(written(float_file(4, 4, legacy=legacy)))
     with pytest.raises(UserError, match="storage 0"):
-        files.read(written(float_file(4, present, legacy=legacy)))
+        reader.read(written(float_file(4, present, legacy=legacy)))
 
 
 def test_the_last_storage_of_the_older_format_must_be_whole(written):
     with pytest.raises(UserError, match="storage 0 should have 16 bytes, and has 15"):
-        files.read(written(float_file(4, 4, legacy=True)[:-1]))
+        reader.read(written(float_file(4, 4, legacy=True)[:-1]))
 
 
 def test_a_storage_has_one_type_and_its_views_lie_within(written):
     pair = {"a": tensor("FloatStorage", 4, 0, (2,), (1,)), "b": tensor("IntStorage", 4, 0, (2,), (1,))}
     with pytest.raises(UserError, match="two types"):
-        files.read(written(torch_zip(pair, {"0": bytes(16)})))
+        reader.read(written(torch_zip(pair, {"0": bytes(16)})))
     view = {"w": tensor("FloatStorage", 4, 0, (1,), (1,), view=(("view", 2, 3),))}
     with pytest.raises(UserError, match="elements 2 to 5 of a storage of 4"):
-        files.read(written(torch_legacy(view, {"0": (4, bytes(16))})))
+        reader.read(written(torch_legacy(view, {"0": (4, bytes(16))})))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_storage_has_one_type_and_its_views_lie_within(written):
 )
 def test_other_contents_of_pytorch_files_are_named(written, content, message):
     with pytest.raises(UserError, match=message):
-        files.read(written(content))
+        reader.read(written(content))
 
 
 # Pickles of arrays
@@ -279,7 +279,7 @@ def test_pickles_of_python_2_have_their_values(written):
         "doubles": np.float64([np.pi, np.nan]),
         "big_endian": np.array([1, 2, 3], ">i4"),
     }
-    read = files.read(written(python_2(arrays)))
+    read = reader.read(written(python_2(arrays)))
     assert_same(read, {**arrays, "big_endian": np.int32([1, 2, 3])})
 
 
@@ -295,7 +295,7 @@ def test_pickles_of_python_3_have_their_values(written, protocol):
         big_endian=np.array([1.5, 2.5], ">f8"),
     )
     expected = {**arrays, "scalar": np.array(np.float32(2.5)), "big_endian": np.float64([1.5, 2.5])}
-    read = files.read(written(arrays, protocol=protocol))
+    read = reader.read(written(arrays, protocol=protocol))
     assert_same(read, expected)
     assert not any(array.flags.writeable for array in read.values())
 
@@ -305,12 +305,12 @@ def test_npz_has_its_values(tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "weights.npz", **arrays)
         (tmp_path / "weights.npz").rename(tmp_path / "weights.pth")  # the content decides, not the suffix
-        assert_same(files.read(tmp_path / "weights.pth"), {**arrays, "a/b": np.array(3)})
+        assert_same(reader.read(tmp_path / "weights.pth"), {**arrays, "a/b": np.array(3)})
 
 
 def test_the_layout_of_detectron_leaves_its_blobs_without_momentum(written):
     blobs = {"conv1_w": KERNEL, "conv1_w_momentum": KERNEL + 1, "fpn_6_b": KERNEL[0]}
-    assert_same(files.read(written({"cfg": "MODEL: {}\n", "blobs": blobs})), {"conv1_w": KERNEL, "fpn_6_b": KERNEL[0]})
+    assert_same(reader.read(written({"cfg": "MODEL: {}\n", "blobs": blobs})), {"conv1_w": KERNEL, "fpn_6_b": KERNEL[0]})
 
 
 @pytest.mark.parametrize(
@@ -323,12 +323,12 @@ def test_the_layout_of_detectron_leaves_its_blobs_without_momentum(written):
     ],
 )
 def test_wrappers_and_a_common_module_prefix_are_removed(written, content):
-    assert_same(files.read(written(content)), {"w": KERNEL, "b": KERNEL[0]})
+    assert_same(reader.read(written(content)), {"w": KERNEL, "b": KERNEL[0]})
 
 
 def test_a_prefix_or_wrapper_that_is_a_name_stays(written):
     arrays = {"module.w": KERNEL, "model": KERNEL[0], "w_momentum": KERNEL[1]}
-    assert_same(files.read(written(arrays)), arrays)
+    assert_same(reader.read(written(arrays)), arrays)
 
 
 # Nothing is run
@@ -368,7 +368,7 @@ def test_calls_in_a_pickle_are_refused_and_not_made(written, tmp_path, attack, p
     legacy = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + content
     for layout in (content, in_torch.getvalue(), legacy):
         with pytest.raises(UserError, match="refused"):
-            files.read(written(layout))
+            reader.read(written(layout))
         assert not marker.exists()
     if attack in ("os.system", "eval", "open", "nested"):  # the attack is one: Python's own pickle runs it
         pickle.loads(content)
@@ -377,9 +377,9 @@ def test_calls_in_a_pickle_are_refused_and_not_made(written, tmp_path, attack, p
 
 def test_the_refused_global_is_named(written):
     with pytest.raises(UserError, match=rf"holds {os.system.__module__}\.system, which is not an array or a plain"):
-        files.read(written(Call(os.system, "true")))
+        reader.read(written(Call(os.system, "true")))
     with pytest.raises(UserError, match=r"holds os\\nx\.sys\\x1b"):  # nothing that a terminal obeys
-        files.read(written(b"\x80\x04" + text("os\nx") + text("sys\x1b") + b"\x93."))
+        reader.read(written(b"\x80\x04" + text("os\nx") + text("sys\x1b") + b"\x93."))
 
 
 @pytest.mark.parametrize(
@@ -406,13 +406,13 @@ def test_the_refused_global_is_named(written):
 )
 def test_tricks_on_the_admitted_globals_fail(written, body, message):
     with pytest.raises(UserError, match=message):
-        files.read(written(b"\x80\x04" + body))
+        reader.read(written(b"\x80\x04" + body))
 
 
 def test_attributes_of_an_ordered_dict_are_dropped(written):
     body = b"\x80\x02ccollections\nOrderedDict\n)R" + text("w") + pickle.dumps(KERNEL, 2)[2:-1] + b"s"
     state = b"}" + text("items") + b"K\x01sb."
-    assert_same(files.read(written(body + state)), {"w": KERNEL})
+    assert_same(reader.read(written(body + state)), {"w": KERNEL})
 
 
 # What is told
@@ -441,30 +441,30 @@ def test_attributes_of_an_ordered_dict_are_dropped(written):
 )
 def test_what_is_no_weights_is_told_in_words(written, content, message):
     with pytest.raises(UserError, match=message) as caught:
-        files.read(written(content, "weights.pth"))
+        reader.read(written(content, "weights.pth"))
     assert "weights.pth" in str(caught.value)
 
 
 def test_missing_files_folders_and_other_archives_are_told(tmp_path):
     with pytest.raises(UserError, match="is not there"):
-        files.read(tmp_path / "absent.pth")
+        reader.read(tmp_path / "absent.pth")
     with pytest.raises(UserError, match="is a folder"):
-        files.read(tmp_path)
+        reader.read(tmp_path)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     with pytest.raises(UserError, match="zip archive of readme.txt"):
-        files.read(tmp_path / "other.zip")
+        reader.read(tmp_path / "other.zip")
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("net/data.pkl", b"")
         archive.writestr("net/constants.pkl", b"")
     with pytest.raises(UserError, match="TorchScript"):
-        files.read(tmp_path / "script.pt")
+        reader.read(tmp_path / "script.pt")
     np.savez(tmp_path / "objects.npz", w=np.array([{}], dtype=object))
     with pytest.raises(UserError, match="Python objects"):
-        files.read(tmp_path / "objects.npz")
+        reader.read(tmp_path / "objects.npz")
     np.savez(tmp_path / "nothing.npz")
     with pytest.raises(UserError, match="empty dict"):
-        files.read(tmp_path / "nothing.npz")
+        reader.read(tmp_path / "nothing.npz")
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_a_damaged_header_of_an_array_is_told_where_the_checksum_is_right(tmp_pa
         start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header))
         archive.writestr("w.npy", start + header.encode() + bytes(16))
     with pytest.raises(UserError, match="damaged or cut short") as caught:
-        files.read(tmp_path / "weights.npz")
+        reader.read(tmp_path / "weights.npz")
     assert "\n" not in str(caught.value)
 
 
@@ -490,7 +490,7 @@ def test_members_that_a_damaged_directory_hides_are_missed(tmp_path):
     content[directory + 32 : directory + 34] = b"\xff\xff"  # the length of the first member's comment
     (tmp_path / "weights.npz").write_bytes(content)
     with pytest.raises(UserError, match="the directory has 1 members of 2.* damaged"):
-        files.read(tmp_path / "weights.npz")
+        reader.read(tmp_path / "weights.npz")
 
 
 @pytest.mark.parametrize("function", ["_weights", "_check_size", "_array"])
@@ -499,9 +499,9 @@ def test_an_error_of_the_reader_itself_is_not_told_as_damage(monkeypatch, functi
     def fail(*_):
         raise error("of the reader")
 
-    monkeypatch.setattr(files, function, fail)
+    monkeypatch.setattr(reader, function, fail)
     with pytest.raises(error, match="of the reader") as caught:
-        files.read(DATA / "zip.pth")
+        reader.read(DATA / "zip.pth")
     assert caught.type is error  # a UserError is a ValueError, too
 
 
@@ -527,7 +527,7 @@ WHOLE = {
 def assert_a_dict_or_an_error(path, content):
     path.write_bytes(content)
     try:
-        arrays = files.read(path)
+        arrays = reader.read(path)
     except UserError:
         return None
     assert all(isinstance(name, str) and type(array) is np.ndarray for name, array in arrays.items())

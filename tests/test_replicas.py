@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from retinanet_keras.config import StrategyConfig, config_from_dict
-from retinanet_keras.settings import ConfigError
+from retinanet_keras.errors import ConfigError, RunError
 from retinanet_keras.training import strategies
-from retinanet_keras.training.folder import RunError
 
 HERE = Path(__file__).parent
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_keras.results import plots, report, table
-from retinanet_keras.results.evaluation import METRICS, coco_metrics, format_metrics
-from retinanet_keras.results.report import caption, write_report
+from retinanet_keras.evaluation import report
+from retinanet_keras.evaluation.coco_metrics import METRICS, coco_metrics, format_metrics
+from retinanet_keras.evaluation.report import caption, write_report
+from retinanet_keras.visualization import plots, text_table
 
 NAMES = ("<b>", '"', "a & 'b'", "Straße 木", "</style><script>alert(1)</script>", "never \ud800 seen")
 BLUE = (20, 40, 220)
@@ -99,9 +100,9 @@ def test_names_are_short_text_in_the_page_and_in_tables(tmp_path, metrics):
     write_report(tmp_path / "page.html", changed, title="\x1b]0;title\x07")
     for text in ((tmp_path / "page.html").read_text(encoding="utf-8"), format_metrics(changed)):
         assert r"\x1b[2Jx" in text and "\x1b" not in text and "\x07" not in text and "x" * 400 not in text
-    (line,) = table.rows("folder/\udcff\x1b[31m.jpg", [[1, 2, 3, 4]], [0.5], ["\x1b" * 100_000], 0.3)
-    assert line.startswith(r"folder/\xff\x1b[31m.jpg  ") and line.isprintable() and len(line) == len(table.HEADER)
-    (line,) = table.rows("\x1b" * 200, [], [], [], 0.3)
+    (line,) = text_table.rows("folder/\udcff\x1b[31m.jpg", [[1, 2, 3, 4]], [0.5], ["\x1b" * 100_000], 0.3)
+    assert line.startswith(r"folder/\xff\x1b[31m.jpg  ") and line.isprintable() and len(line) == len(text_table.HEADER)
+    (line,) = text_table.rows("\x1b" * 200, [], [], [], 0.3)
     assert line.isprintable() and len(line) < 80
 
 

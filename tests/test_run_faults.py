@@ -11,14 +11,16 @@ import tensorflow as tf
 from PIL import Image
 
 from retinanet_keras import __main__ as command_line
-from retinanet_keras import commands, runtime
-from retinanet_keras.data import sources
-from retinanet_keras.data.coco import DataError
+from retinanet_keras import runtime
+from retinanet_keras.cli import commands
+from retinanet_keras.data import dataset_formats
+from retinanet_keras.errors import DataError, RunError
+from retinanet_keras.evaluation import detect
 from retinanet_keras.serving import detector
-from retinanet_keras.training import callbacks, evaluator, replay, run
-from retinanet_keras.training.checkpoints import Checkpoints, load_run
-from retinanet_keras.training.folder import RunError, RunFolder
-from retinanet_keras.training.stream import Stream, explained
+from retinanet_keras.training import callbacks, failures, run
+from retinanet_keras.training.batches import Stream, explained
+from retinanet_keras.training.resume import Checkpoints, load_run
+from retinanet_keras.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.eager
 
@@ -46,7 +48,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     folder = RunFolder(tmp_path / "run")
     settings = tiny_config(data_dir, model={"norm": norm}, train={"iterations": 3}, eval={"every": 0, "keep": "last"})
     run.train(settings, folder.path)
-    stream = Stream(sources.open_split(settings.data, "train"), settings)
+    stream = Stream(dataset_formats.open_split(settings.data, "train"), settings)
     images, truth = stream.batch(3)
     _, model = load_run(folder.path)
     checkpoints = Checkpoints(model, folder, 3)
@@ -63,7 +65,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     for variable, value in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(variable, value)
     assert model.optimizer.iterations == 3
-    whole, good, bad = replay.replay(folder.failed / "step-4.npz")
+    whole, good, bad = failures.replay(folder.failed / "step-4.npz")
     assert [whole["image_id"], good["image_id"], bad["image_id"]] == ["all", *ids]
     assert not np.isfinite(whole["gradient_norm"])
     assert np.isfinite(good["gradient_norm"]) and not good["not_finite"]
@@ -77,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     for content in (b"", (folder.failed / "step-4.npz").read_bytes()[:5000]):
         (tmp_path / "cut.npz").write_bytes(content)
         with pytest.raises(RunError, match="cut.npz cannot be read .* train.py wrote"):
-            next(replay.replay(tmp_path / "cut.npz"))
+            next(failures.replay(tmp_path / "cut.npz"))
         assert command_line.work_of_step(tmp_path / "cut.npz") == runtime.OTHER
 
 
@@ -194,12 +196,12 @@ def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config,
         tree["images"][1].update(width=tree["images"][1]["width"] // 2)
 
     data = changed_annotations(data_dir, tmp_path / "data", "val", halve)
-    dataset = sources.open_split(tiny_config(data).data, "val")
+    dataset = dataset_formats.open_split(tiny_config(data).data, "val")
     settings, model = load_run(finished[0].path)
     with pytest.raises(DataError, match=r"val_000001.jpg is \d+x\d+ .* its annotation says"):
-        list(evaluator.detect_split(model, dataset, settings))
+        list(detect.detect_split(model, dataset, settings))
     with pytest.raises(DataError, match=r"val_000001.jpg is"):
-        list(evaluator.detect_split_by_export(detector.of_model(model, settings), dataset, settings))
+        list(detect.detect_split_by_export(detector.of_model(model, settings), dataset, settings))
 
 
 @pytest.mark.slow

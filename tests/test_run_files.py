@@ -9,17 +9,18 @@ import h5py
 import numpy as np
 import pytest
 
-from retinanet_keras import storage
+from retinanet_keras import errors
+from retinanet_keras.cli.evaluate import evaluate
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import sources
-from retinanet_keras.data.coco import DataError
-from retinanet_keras.evaluate import evaluate
-from retinanet_keras.serving import card
-from retinanet_keras.settings import ConfigError
-from retinanet_keras.training import best, fingerprint, log_file, outputs, preflight, run
-from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunError, RunFolder, load_config_of
-from retinanet_keras.training.unfinished import Unfinished
+from retinanet_keras.data import dataset_formats, fingerprint
+from retinanet_keras.errors import ConfigError, DataError, RunError
+from retinanet_keras.evaluation import artifacts
+from retinanet_keras.evaluation.unfinished import Unfinished
+from retinanet_keras.serving import model_card
+from retinanet_keras.storage import disk
+from retinanet_keras.training import best, data_record, log_file, preflight, run
+from retinanet_keras.training.resume import load_run
+from retinanet_keras.training.run_folder import RunFolder, load_config_of
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def everything(folder):
 
 def test_a_folder_that_is_in_use_is_refused_and_left_alone(tiny_config, data_dir, copy):
     before = everything(copy.path)
-    with storage.locked(copy.path, "training"), pytest.raises(storage.InUse, match="in use: training, process"):
+    with disk.locked(copy.path, "training"), pytest.raises(errors.InUse, match="in use: training, process"):
         run.train(tiny_config(data_dir, train={"iterations": 9}), copy.path)
-    with storage.locked(copy.evaluation("val"), "evaluating"), pytest.raises(storage.InUse, match="in use: evaluating"):
+    with disk.locked(copy.evaluation("val"), "evaluating"), pytest.raises(errors.InUse, match="in use: evaluating"):
         evaluate("c.json", workdir=copy.path, split="val")
     assert everything(copy.path) == before
 
@@ -106,14 +107,14 @@ def test_image_files_of_other_sizes_are_refused_unless_they_were_to_be_repaired(
     other_data(data_dir, tmp_path / "data")
     image = sorted((tmp_path / "data/images").glob("train_*"))[2]
     image.write_bytes(image.read_bytes() + b"more")
-    data = {"train": fingerprint.fingerprint(sources.open_split(tiny_config(tmp_path / "data").data, "train"))}
+    data = {"train": fingerprint.fingerprint(dataset_formats.open_split(tiny_config(tmp_path / "data").data, "train"))}
     with pytest.raises(RunError, match="image files of train are not as many bytes as when the run began"):
-        fingerprint.check(copy, data, data)
-    fingerprint.allow_other_files(copy)
-    fingerprint.check(copy, data, data)
+        data_record.check(copy, data, data)
+    data_record.allow_other_files(copy)
+    data_record.check(copy, data, data)
     assert "not as many bytes" in caplog.text
     caplog.clear()
-    fingerprint.check(copy, data, data)
+    data_record.check(copy, data, data)
     assert not caplog.text and json.loads(copy.data_file.read_text()) == data
 
 
@@ -122,7 +123,7 @@ def test_what_scoring_alone_reads_is_part_of_the_annotations(tiny_config, data_d
     """An area decides for AP of small objects or of large ones; a crowd takes detections."""
 
     def digest():
-        return fingerprint.of_annotations(sources.open_split(tiny_config(tmp_path / "data").data, "val"))
+        return fingerprint.of_annotations(dataset_formats.open_split(tiny_config(tmp_path / "data").data, "val"))
 
     file, tree = other_data(data_dir, tmp_path / "data", "val")
     before = digest()
@@ -134,26 +135,26 @@ def test_what_scoring_alone_reads_is_part_of_the_annotations(tiny_config, data_d
     assert digest() != before
 
 
-@pytest.mark.parametrize("name", ["unfinished.jsonl", "pictures/grid.png", storage.LOCK])
+@pytest.mark.parametrize("name", ["unfinished.jsonl", "pictures/grid.png", disk.LOCK])
 def test_a_folder_where_an_evaluation_writes_a_file_is_told_first(tmp_path, name):
     (tmp_path / name).mkdir(parents=True)
     with pytest.raises(RunError, match="is a folder, and an evaluation writes a file there"):
-        outputs.check(tmp_path)
+        artifacts.check(tmp_path)
 
 
 def test_images_with_other_modification_times_are_told(tiny_config, data_dir, copy, tmp_path, caplog):
     other_data(data_dir, tmp_path / "data")
     image = sorted((tmp_path / "data/images").glob("train_*"))[2]
     os.utime(image, (0, 0))
-    data = {"train": fingerprint.fingerprint(sources.open_split(tiny_config(tmp_path / "data").data, "train"))}
-    fingerprint.check(copy, data, data)
+    data = {"train": fingerprint.fingerprint(dataset_formats.open_split(tiny_config(tmp_path / "data").data, "train"))}
+    data_record.check(copy, data, data)
     assert "image files of train have other modification times" in caplog.text
 
 
 def test_a_damaged_record_of_the_data_is_told(copy, caplog):
     for content in (b"", b"\xff", b"[1]", b'{"train": 3}', b'{"train": {"a": 1}, "train": {}}'):
         copy.data_file.write_bytes(content)
-        fingerprint.check(copy, {"train": {"annotations": "a", "sizes": "b", "times": "c"}}, ["train"])
+        data_record.check(copy, {"train": {"annotations": "a", "sizes": "b", "times": "c"}}, ["train"])
         assert "data.json is damaged" in caplog.text
         caplog.clear()
     assert len(list(copy.path.glob("data.json.damaged*"))) == 5
@@ -161,17 +162,17 @@ def test_a_damaged_record_of_the_data_is_told(copy, caplog):
 
 
 def test_an_interrupted_evaluation_starts_over_with_other_data(tiny_config, data_dir, finished, tmp_path, caplog):
-    from retinanet_keras.training import evaluator
+    from retinanet_keras.evaluation import detect
 
     other_data(data_dir, tmp_path / "data")
     config = tiny_config(tmp_path / "data")
-    about = evaluator.depends_on(sources.open_split(config.data, "val"), config, "w", "m")
+    about = detect.depends_on(dataset_formats.open_split(config.data, "val"), config, "w", "m")
     unfinished = Unfinished(tmp_path / "u.jsonl", about)
     unfinished.add([(7, np.zeros((1, 4)), np.ones(1), np.ones(1))])
     assert len(Unfinished(tmp_path / "u.jsonl", about).batches) == 1 and not caplog.text
     image = sorted((tmp_path / "data/images").glob("val_*"))[0]
     os.utime(image, (0, 0))
-    changed = evaluator.depends_on(sources.open_split(config.data, "val"), config, "w", "m")
+    changed = detect.depends_on(dataset_formats.open_split(config.data, "val"), config, "w", "m")
     assert Unfinished(tmp_path / "u.jsonl", changed).batches == []
     assert "with other dataset: this one starts over" in caplog.text
 
@@ -359,4 +360,4 @@ def test_a_package_without_metadata_is_told_in_the_model_card(copy, monkeypatch)
 
     monkeypatch.setattr(metadata, "version", missing)
     config, model = load_run(copy.path)
-    assert card.describe(model, config)["made_with"] == dict.fromkeys(card.PARTS, "not installed")
+    assert model_card.describe(model, config)["made_with"] == dict.fromkeys(model_card.PARTS, "not installed")

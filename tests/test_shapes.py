@@ -9,7 +9,7 @@ from PIL import Image
 
 from retinanet_keras.config import ShapesConfig
 from retinanet_keras.data import coco, shapes
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.errors import DataError
 
 SMALL = ShapesConfig(train_images=20, val_images=3, test_images=2, side=128, seed=5)
 

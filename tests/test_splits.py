@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import inspection, pipeline, sources
-from retinanet_keras.data.coco import DataError
-from retinanet_keras.results import evaluation
+from retinanet_keras.data import dataset_formats, image_decoding, training_batches
+from retinanet_keras.dataset_check import inspection
+from retinanet_keras.errors import DataError
+from retinanet_keras.evaluation import coco_metrics
 
 
 def data_config(folder, source="coco", **settings):
@@ -27,7 +28,7 @@ def check_same(ours, theirs):
     for name in ("image_ids", "sizes", "offsets", "boxes", "labels"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
     for i in range(len(ours)):
-        np.testing.assert_array_equal(sources.image_of(ours, i), sources.image_of(theirs, i))
+        np.testing.assert_array_equal(image_decoding.image_of(ours, i), image_decoding.image_of(theirs, i))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def tfds_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
     miniature.archives(root / "mirror")
     with miniature.downloads_from(root / "mirror"):
-        sources.open_split(data_config(root / "data", "tfds"), "minival")
+        dataset_formats.open_split(data_config(root / "data", "tfds"), "minival")
     return root / "data"
 
 
@@ -54,9 +55,9 @@ def tfds_dir(tmp_path_factory):
      ("val2017", miniature.VAL), ("test-dev", miniature.TEST_DEV)],
 )  # fmt: skip
 def test_the_papers_splits_are_found_in_the_files_of_2017(files, split, ids):
-    dataset = sources.open_split(data_config(files), split)
+    dataset = dataset_formats.open_split(data_config(files), split)
     assert tuple(dataset.image_ids) == ids and dataset.labelled == (split != "test-dev")
-    assert sources.unusable_images(dataset, np.arange(len(ids))) == []
+    assert image_decoding.unusable_images(dataset, np.arange(len(ids))) == []
 
 
 @pytest.mark.parametrize("split", ["trainval35k", "minival"])
@@ -64,15 +65,15 @@ def test_the_files_of_2014_hold_the_same_splits(files, tmp_path, split):
     miniature.layout_2014(tmp_path)
     config = data_config(tmp_path)
     with pytest.raises(DataError, match="instances_val2017.json.*The ids of minival"):
-        sources.open_split(config, split)
+        dataset_formats.open_split(config, split)
     val2017 = (files / "annotations/instances_val2017.json").read_bytes()
     (tmp_path / "annotations/instances_val2017.json").write_bytes(val2017)
-    check_same(sources.open_split(config, split), sources.open_split(data_config(files), split))
+    check_same(dataset_formats.open_split(config, split), dataset_formats.open_split(data_config(files), split))
     whole = json.loads((tmp_path / "annotations/instances_val2014.json").read_text())
     (tmp_path / "annotations/instances_val2014.json").write_text(json.dumps({**whole, "images": whole["images"][1:]}))
     if split == "minival":
         with pytest.raises(DataError, match="lacks 1 of the 6 images"):
-            sources.open_split(config, split)
+            dataset_formats.open_split(config, split)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -86,29 +87,29 @@ def test_damaged_files_of_2014_are_told(files, tmp_path, damage, words):
     damaged = tmp_path / "annotations/instances_val2014.json"
     damaged.write_text(json.dumps({**json.loads(damaged.read_text()), **damage}))
     with pytest.raises(DataError, match=f"instances_val2014.json: expected a list of objects under {words}"):
-        sources.open_split(data_config(tmp_path), "minival")
+        dataset_formats.open_split(data_config(tmp_path), "minival")
 
 
 def test_a_split_that_is_nowhere_is_refused_with_what_was_looked_for(tmp_path):
     with pytest.raises(DataError, match=r"minival: expected .*instances_minival.json, or COCO's .*val2017.json"):
-        sources.open_split(data_config(tmp_path), "minival")
+        dataset_formats.open_split(data_config(tmp_path), "minival")
     with pytest.raises(DataError, match="image_info_test-dev2017.json with the images in .*test2017"):
-        sources.open_split(data_config(tmp_path), "test-dev")
+        dataset_formats.open_split(data_config(tmp_path), "test-dev")
 
 
 @pytest.mark.parametrize("split", ["trainval35k", "minival", "train", "validation"])
 def test_tfds_gives_the_images_and_boxes_of_the_files(files, tfds_dir, split):
     official = {"train": "train2017", "validation": "val2017"}.get(split, split)
-    ours = sources.open_split(data_config(tfds_dir, "tfds"), split)
-    check_same(ours, sources.open_split(data_config(files), official))
+    ours = dataset_formats.open_split(data_config(tfds_dir, "tfds"), split)
+    check_same(ours, dataset_formats.open_split(data_config(files), official))
 
 
 def test_tfds_takes_parts_of_splits_and_names_the_splits_there_are(tfds_dir):
     config = data_config(tfds_dir, "tfds")
-    first, rest = (sources.open_split(config, split) for split in ("train[:4]", "train[4:]"))
+    first, rest = (dataset_formats.open_split(config, split) for split in ("train[:4]", "train[4:]"))
     assert len(first) == 4 and sorted([*first.image_ids, *rest.image_ids]) == list(miniature.TRAIN)
     with pytest.raises(DataError, match="coco/2017 has no split dev, but .*validation"):
-        sources.open_split(config, "dev")
+        dataset_formats.open_split(config, "dev")
 
 
 def test_the_official_annotations_are_used_where_they_are_given(files, tfds_dir, tmp_path):
@@ -116,32 +117,32 @@ def test_the_official_annotations_are_used_where_they_are_given(files, tfds_dir,
     (tmp_path / "coco").symlink_to(tfds_dir / "coco")
     config = data_config(tmp_path, "tfds")
     with pytest.raises(DataError, match="test-dev of coco/2017.*expected at .*image_info_test-dev2017.json"):
-        sources.open_split(config, "test-dev")
+        dataset_formats.open_split(config, "test-dev")
     (tmp_path / "annotations").symlink_to(files / "annotations")
-    dataset = sources.open_split(config, "minival")
+    dataset = dataset_formats.open_split(config, "minival")
     assert dataset.annotation_file == str(tmp_path / "annotations/instances_val2017.json")
-    check_same(dataset, sources.open_split(data_config(files), "minival"))
-    test = sources.open_split(config, "test-dev")
+    check_same(dataset, dataset_formats.open_split(data_config(files), "minival"))
+    test = dataset_formats.open_split(config, "test-dev")
     assert tuple(test.image_ids) == miniature.TEST_DEV and not test.labelled
 
 
 def test_minival_gives_the_same_numbers_through_tfds_and_through_the_json(files, tfds_dir):
     """Of detections near the objects, some missed, some false."""
-    truth = by_id(sources.open_split(data_config(files), "minival"))
-    through_tfds = sources.open_split(data_config(tfds_dir, "tfds"), "minival")
+    truth = by_id(dataset_formats.open_split(data_config(files), "minival"))
+    through_tfds = dataset_formats.open_split(data_config(tfds_dir, "tfds"), "minival")
     rng, results = np.random.default_rng(0), []
     for i, image_id in enumerate(truth.image_ids.tolist()):
         boxes = truth.boxes_of(i) + rng.uniform(-4, 4, truth.boxes_of(i).shape)
         kept = rng.random(len(boxes)) < 0.8
-        results += evaluation.to_results(
+        results += coco_metrics.to_results(
             image_id, boxes[kept], rng.random(kept.sum()), truth.labels_of(i)[kept], truth.categories
         )
     ours, theirs = (
-        evaluation.coco_metrics(dataset.annotation_file, results, image_ids=dataset.image_ids.tolist())
+        coco_metrics.coco_metrics(dataset.annotation_file, results, image_ids=dataset.image_ids.tolist())
         for dataset in (through_tfds, truth)
     )
     assert 0.2 < theirs["AP"] < 0.9
-    assert {name: ours[name] for name in evaluation.METRICS} == {name: theirs[name] for name in evaluation.METRICS}
+    assert {name: ours[name] for name in coco_metrics.METRICS} == {name: theirs[name] for name in coco_metrics.METRICS}
     assert ours["per_class"] == theirs["per_class"]
 
 
@@ -151,11 +152,11 @@ def test_a_training_sees_the_same_steps_through_tfds_and_goes_on_in_their_midst(
     (tmp_path / "annotations").symlink_to(files / "annotations")
     settings = {"short_side": 96, "max_side": 160, "scale_jitter": [0.8, 1.2]}
     datasets = {
-        config: sources.open_split(config, "trainval35k")
+        config: dataset_formats.open_split(config, "trainval35k")
         for config in (data_config(tmp_path, "tfds", **settings), data_config(files, **settings))
     }
     ours, theirs = (
-        list(pipeline.training_batches(dataset, config, batch_size=2, seed=3).take(8).as_numpy_iterator())
+        list(training_batches.training_batches(dataset, config, batch_size=2, seed=3).take(8).as_numpy_iterator())
         for config, dataset in datasets.items()
     )
     for (images, truth), (images_, truth_) in zip(ours, theirs, strict=True):
@@ -163,7 +164,7 @@ def test_a_training_sees_the_same_steps_through_tfds_and_goes_on_in_their_midst(
         for name, value in truth.items():
             np.testing.assert_array_equal(value, truth_[name], err_msg=name)
     config, dataset = next(iter(datasets.items()))
-    later = pipeline.training_batches(dataset, config, batch_size=2, seed=3, start=5, share=(1, 2))
+    later = training_batches.training_batches(dataset, config, batch_size=2, seed=3, start=5, share=(1, 2))
     images, truth = next(iter(later.as_numpy_iterator()))
     np.testing.assert_array_equal(images, ours[5][0][1:])
 
@@ -174,15 +175,15 @@ def test_what_cannot_be_downloaded_or_is_no_detection_set_is_said(tmp_path, monk
 
     monkeypatch.setattr(miniature._Downloader, "_sync_download", refuse)
     with pytest.raises(DataError, match="could not be downloaded and prepared there: ConnectionError: no ro"):
-        sources.open_split(data_config(tmp_path, "tfds"), "minival")
+        dataset_formats.open_split(data_config(tmp_path, "tfds"), "minival")
     with pytest.raises(DataError, match="coca/2017 is not a set that .* names like it: .*coco"):
-        sources.open_split(data_config(tmp_path, "tfds", name="coca/2017"), "train")
+        dataset_formats.open_split(data_config(tmp_path, "tfds", name="coca/2017"), "train")
     with pytest.raises(DataError, match="expected a detection set with `image` and `objects`.*mnist has image, label"):
-        sources.open_split(data_config(tmp_path, "tfds", name="mnist"), "train")
+        dataset_formats.open_split(data_config(tmp_path, "tfds", name="mnist"), "train")
 
 
 def test_a_damaged_image_in_a_tfrecord_is_named(tfds_dir, tmp_path):
-    dataset = sources.open_split(data_config(tfds_dir, "tfds"), "minival")
+    dataset = dataset_formats.open_split(data_config(tfds_dir, "tfds"), "minival")
     start, length = dataset.spans[2]
     with open(dataset.files[2], "rb") as file:
         content = bytearray(file.read())
@@ -191,7 +192,7 @@ def test_a_damaged_image_in_a_tfrecord_is_named(tfds_dir, tmp_path):
     from retinanet_keras.data import coco
 
     broken = coco.with_spans(dataset, [str(tmp_path / "damaged")] * len(dataset), dataset.spans)
-    problems = sources.unusable_images(broken, np.arange(len(broken)))
+    problems = image_decoding.unusable_images(broken, np.arange(len(broken)))
     assert len(problems) == 1 and f"image {dataset.image_ids[2]} in {tmp_path}/damaged cannot be read" in problems[0]
 
 
@@ -201,24 +202,24 @@ def test_coco_2014_through_tfds_holds_the_papers_splits(files, tmp_path):
     config = data_config(tmp_path / "data", "tfds", name="coco/2014")
     with miniature.downloads_from(tmp_path / "mirror"):
         with pytest.raises(DataError, match="minival of coco/2014: .* expected at .*instances_val2017.json"):
-            sources.open_split(config, "minival")
+            dataset_formats.open_split(config, "minival")
     (tmp_path / "data/annotations").mkdir()
     val2017 = (files / "annotations/instances_val2017.json").read_bytes()
     (tmp_path / "data/annotations/instances_val2017.json").write_bytes(val2017)
     for split in ("trainval35k", "minival"):
-        check_same(sources.open_split(config, split), sources.open_split(data_config(files), split))
+        check_same(dataset_formats.open_split(config, split), dataset_formats.open_split(data_config(files), split))
 
 
 def test_an_index_that_was_cut_off_is_made_again(tfds_dir):
     config = data_config(tfds_dir, "tfds")
-    expected = sources.open_split(config, "validation")
+    expected = dataset_formats.open_split(config, "validation")
     (saved,) = (tfds_dir / "coco/2017/1.1.0/retinanet_keras").glob("validation-*.npz")
     saved.write_bytes(saved.read_bytes()[:100])
-    check_same(sources.open_split(config, "validation"), expected)
+    check_same(dataset_formats.open_split(config, "validation"), expected)
 
 
 def test_a_split_without_objects_has_no_labels(tfds_dir):
-    dataset = sources.open_split(data_config(tfds_dir, "tfds"), "test")
+    dataset = dataset_formats.open_split(data_config(tfds_dir, "tfds"), "test")
     assert len(dataset) == len(miniature.TEST) and not dataset.labelled
 
 
@@ -232,8 +233,8 @@ def test_folders_of_ones_own_are_where_the_configuration_says(files, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/train").symlink_to(files / "val2017")
     (tmp_path / "train").mkdir()
-    dataset = sources.open_split(data_config(tmp_path), "train")
-    assert sources.unusable_images(dataset, np.arange(len(dataset))) == []
+    dataset = dataset_formats.open_split(data_config(tmp_path), "train")
+    assert image_decoding.unusable_images(dataset, np.arange(len(dataset))) == []
 
 
 def test_a_set_of_tfds_is_inspected_like_files(tfds_dir, tmp_path):

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from retinanet_keras import storage
+from retinanet_keras import errors
 from retinanet_keras.errors import UserError
+from retinanet_keras.storage import disk
 
 pytestmark = pytest.mark.check
 
@@ -22,13 +23,13 @@ def files(folder):
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     path = tmp_path / ("é" * 120 + ".json")  # 245 bytes: no room for a longer name beside it
-    storage.write(path, "old")
-    with storage.replacing(path) as partial:
+    disk.write(path, "old")
+    with disk.replacing(path) as partial:
         partial.write_text("ne")
         assert path.read_text() == "old"
         partial.write_text("new")
     assert path.read_text() == "new" and files(tmp_path) == [path.name]
-    storage.write(path, b"\x00\xff")
+    disk.write(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
 
 
@@ -37,15 +38,15 @@ def test_a_damaged_file_is_copied_once_to_a_free_name_and_stays(tmp_path):
     for content, name in (("1", "a.json.damaged"), ("1", "a.json.damaged"), ("2", "a.json.damaged-2"),
                           ("1", "a.json.damaged")):  # fmt: skip
         path.write_text(content)
-        assert storage.set_aside(path) == tmp_path / name
+        assert disk.set_aside(path) == tmp_path / name
         assert path.read_text() == (tmp_path / name).read_text() == content
     assert files(tmp_path) == ["a.json", "a.json.damaged", "a.json.damaged-2"]
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_file(tmp_path, error):
-    storage.write(tmp_path / "a.keras", "old")
-    with pytest.raises(error), storage.replacing(tmp_path / "a.keras") as partial:
+    disk.write(tmp_path / "a.keras", "old")
+    with pytest.raises(error), disk.replacing(tmp_path / "a.keras") as partial:
         assert partial.name.endswith(".keras")
         partial.write_text("half")
         raise error
@@ -56,16 +57,16 @@ def test_an_error_leaves_the_old_file(tmp_path, error):
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch, there, exchange):
     if not exchange:
-        monkeypatch.setattr(storage.sys, "platform", "other")
+        monkeypatch.setattr(disk.sys, "platform", "other")
     path = tmp_path / "deep/1"
     if there:
         path.mkdir(parents=True)
         (path / "old").write_text("old")
-    with storage.replacing_folder(path) as partial:
+    with disk.replacing_folder(path) as partial:
         (partial / "new").write_text("new")
         assert path.exists() == there
     assert files(tmp_path) == ["deep", "deep/1", "deep/1/new"]
-    with pytest.raises(ZeroDivisionError), storage.replacing_folder(path):
+    with pytest.raises(ZeroDivisionError), disk.replacing_folder(path):
         raise ZeroDivisionError
     assert files(tmp_path) == ["deep", "deep/1", "deep/1/new"]
 
@@ -73,7 +74,7 @@ def test_a_folder_is_replaced_when_it_is_whole(tmp_path, monkeypatch, there, exc
 @pytest.mark.parametrize("without_replacing", [True, False])
 def test_a_new_folder_takes_no_place_that_is_taken(tmp_path, monkeypatch, without_replacing):
     if not without_replacing:
-        monkeypatch.setattr(storage.sys, "platform", "other")
+        monkeypatch.setattr(disk.sys, "platform", "other")
     asked = []
 
     def choose():
@@ -81,9 +82,9 @@ def test_a_new_folder_takes_no_place_that_is_taken(tmp_path, monkeypatch, withou
         return asked[-1]
 
     (tmp_path / "1").write_text("a file")
-    with storage.new_folder(choose) as made:
+    with disk.new_folder(choose) as made:
         (made.path / "mine").write_text("mine")
-        monkeypatch.setattr(storage.time, "sleep", None)
+        monkeypatch.setattr(disk.time, "sleep", None)
         (tmp_path / "2").mkdir()  # another process was faster
         (tmp_path / "2/theirs").write_text("theirs")
         first = asked[-1]
@@ -101,7 +102,7 @@ def test_between_choosing_and_moving_another_may_take_the_place(tmp_path):
         return free[0]
 
     taken = []
-    with storage.new_folder(choose) as made:
+    with disk.new_folder(choose) as made:
         (made.path / "a").write_text("a")
     assert made.path == tmp_path / "2" and files(tmp_path) == ["1", "2", "2/a"]
 
@@ -116,7 +117,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
     path.write_text("old")
     assert subprocess.run([sys.executable, "-c", child, path]).returncode == 9
     assert path.read_text() == "old" and len(files(tmp_path)) == 2
-    storage.write(path, "new")
+    disk.write(path, "new")
     assert files(tmp_path) == ["a.json"] and path.read_text() == "new"
 
 
@@ -133,15 +134,15 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
     )
     assert child.stdout.readline() == "held\n"
     for _ in range(2):  # being refused does not forget who holds it
-        with pytest.raises(storage.InUse, match=f"is in use: training, process {child.pid} on .*, since 20"):
-            with storage.locked(tmp_path, "exporting"):
+        with pytest.raises(errors.InUse, match=f"is in use: training, process {child.pid} on .*, since 20"):
+            with disk.locked(tmp_path, "exporting"):
                 raise AssertionError("two hold it")
     child.kill()
     child.communicate()
-    with storage.locked(tmp_path, "exporting"), pytest.raises(storage.InUse, match="exporting"):
-        with storage.locked(tmp_path, "again"):
+    with disk.locked(tmp_path, "exporting"), pytest.raises(errors.InUse, match="exporting"):
+        with disk.locked(tmp_path, "again"):
             raise AssertionError("two hold it")
-    with storage.locked(tmp_path, "again"):
+    with disk.locked(tmp_path, "again"):
         pass
 
 
@@ -149,8 +150,8 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(storage.fcntl, "flock", no_locks)
-    with storage.locked(tmp_path, "training"):
+    monkeypatch.setattr(disk.fcntl, "flock", no_locks)
+    with disk.locked(tmp_path, "training"):
         assert "cannot be locked (No locks available)" in caplog.text
 
 
@@ -178,21 +179,21 @@ def test_writers_of_several_processes_and_threads_leave_one_of_their_contents(tm
 
 def test_a_digest_is_of_the_content():
     a = np.arange(6, dtype="float32")
-    assert storage.digest(a, {"b": 1, "a": [2]}) == storage.digest(a.copy(), {"a": [2], "b": 1})
+    assert disk.digest(a, {"b": 1, "a": [2]}) == disk.digest(a.copy(), {"a": [2], "b": 1})
     different = [
-        storage.digest(a), storage.digest(a.reshape(2, 3)), storage.digest(a.astype("float64")), storage.digest(a + 1),
-        storage.digest(a.tobytes()), storage.digest("x", "y"), storage.digest("xy"), storage.digest(),
+        disk.digest(a), disk.digest(a.reshape(2, 3)), disk.digest(a.astype("float64")), disk.digest(a + 1),
+        disk.digest(a.tobytes()), disk.digest("x", "y"), disk.digest("xy"), disk.digest(),
     ]  # fmt: skip
     assert len(set(different)) == len(different) and all(len(one) == 16 for one in different)
 
 
 def test_the_number_of_this_process_may_have_been_anothers(tmp_path):
-    with pytest.raises(SystemExit), storage.replacing(tmp_path / "a") as partial:
+    with pytest.raises(SystemExit), disk.replacing(tmp_path / "a") as partial:
         name = partial.name
         raise SystemExit
     (tmp_path / name).write_text("of a process of this number, before")
     assert str(os.getpid()) in name
-    storage.write(tmp_path / "a", "new")
+    disk.write(tmp_path / "a", "new")
     assert files(tmp_path) == ["a"]
 
 
@@ -201,15 +202,15 @@ def test_places_are_checked_before_the_work(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for place in ("folder", "new", "folder/new/below", "."):
-        storage.check_folder(tmp_path / place, "--to")
+        disk.check_folder(tmp_path / place, "--to")
     for place in ("file", "file/below", "link", "link/below/it"):
         with pytest.raises(UserError, match=r"^--to: .*/(file|link) is not a folder\. Name another"):
-            storage.check_folder(tmp_path / place, "--to")
+            disk.check_folder(tmp_path / place, "--to")
     for place in ("file", "new", "folder/new"):
-        storage.check_file(tmp_path / place, "--onnx")
+        disk.check_file(tmp_path / place, "--onnx")
     for place, answer in (("folder", "folder is a folder. Name a file in it"), ("file/a", "file is not a folder")):
         with pytest.raises(UserError, match=f"^--onnx: .*{answer}"):
-            storage.check_file(tmp_path / place, "--onnx")
+            disk.check_file(tmp_path / place, "--onnx")
 
 
 def test_several_threads_write_to_one_place(tmp_path):
@@ -217,7 +218,7 @@ def test_several_threads_write_to_one_place(tmp_path):
 
     def write(number):
         for _ in range(20):
-            with storage.replacing(tmp_path / "a") as partial:
+            with disk.replacing(tmp_path / "a") as partial:
                 partial.write_text(str(number))
                 time.sleep(0.001)
 
@@ -227,9 +228,9 @@ def test_several_threads_write_to_one_place(tmp_path):
 
 
 def test_a_folder_in_the_place_of_a_file_is_told(tmp_path):
-    for name in ("a", storage.LOCK):
+    for name in ("a", disk.LOCK):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="a is a folder, and a file is written there"):
-        storage.write(tmp_path / "a", "text")
-    with pytest.raises(UserError, match=r"\.lock is a folder"), storage.locked(tmp_path, "testing"):
+        disk.write(tmp_path / "a", "text")
+    with pytest.raises(UserError, match=r"\.lock is a folder"), disk.locked(tmp_path, "testing"):
         pass

@@ -2,7 +2,7 @@
 
 import pytest
 
-from retinanet_keras import strict_json
+from retinanet_keras.storage import strict_json
 
 pytestmark = pytest.mark.check
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import coco, sources
+from retinanet_keras.data import coco, dataset_formats, image_decoding
 
 # class, difficult, (xmin, ymin, xmax, ymax)
 OBJECTS = {
@@ -51,12 +51,12 @@ def config(tmp_path_factory):
         voc_archive(root / "mirror" / name)
     config = config_from_dict({"data": {"dir": str(root / "data"), "name": "voc/2007"}}).data
     with miniature.downloads_from(root / "mirror"):
-        sources.open_split(config, "train")
+        dataset_formats.open_split(config, "train")
     return config
 
 
 def test_voc_trains_on_its_boxes_and_difficult_ones_count_as_crowds(config):
-    dataset = sources.open_split(config, "validation")
+    dataset = dataset_formats.open_split(config, "validation")
     assert len(dataset.categories) == 20 and dataset.categories.names[11] == "dog" and dataset.categories.ids[11] == 12
     tree = json.loads(open(dataset.annotation_file).read())
     names = {image["id"]: image["file_name"] for image in tree["images"]}
@@ -72,10 +72,10 @@ def test_voc_trains_on_its_boxes_and_difficult_ones_count_as_crowds(config):
 
 
 def test_several_splits_make_one_and_images_without_boxes_are_skipped_where_asked(config):
-    both = sources.open_split(config, "train+validation")
+    both = dataset_formats.open_split(config, "train+validation")
     assert len(both) == 6 and len(set(both.image_ids)) == 6
-    assert len(sources.open_split(config, "train", keep_empty=False)) == 2
-    assert sources.unusable_images(both, np.arange(6)) == []
+    assert len(dataset_formats.open_split(config, "train", keep_empty=False)) == 2
+    assert image_decoding.unusable_images(both, np.arange(6)) == []
 
 
 def test_the_index_is_made_once_and_again_where_the_files_have_changed(config, monkeypatch):
@@ -83,12 +83,12 @@ def test_the_index_is_made_once_and_again_where_the_files_have_changed(config, m
 
     made, original = [], tfds._go_through
     monkeypatch.setattr(tfds, "_go_through", lambda *args: made.append(args) or original(*args))
-    first = sources.open_split(config, "test")
-    sources.open_split(config, "test")
+    first = dataset_formats.open_split(config, "test")
+    dataset_formats.open_split(config, "test")
     assert len(made) == 1
     with open(first.files[0], "ab") as file:
         file.write(b"\0")
-    again = sources.open_split(config, "test")
+    again = dataset_formats.open_split(config, "test")
     assert len(made) == 2 and again.spans.tolist() == first.spans.tolist()
 
 
@@ -97,6 +97,6 @@ def test_where_the_sets_folder_cannot_be_written_the_index_goes_to_the_cache(con
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tfds.os, "access", lambda path, mode: str(tmp_path) in str(path))
-    dataset = sources.open_split(config, "validation[:2]")
+    dataset = dataset_formats.open_split(config, "validation[:2]")
     assert dataset.annotation_file.startswith(str(tmp_path / "retinanet_keras/voc/2007")) and len(dataset) == 2
     assert isinstance(dataset, coco.CocoDataset)

@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import losses, pretrained
+from retinanet_keras import losses
 from retinanet_keras.config import MiningConfig, config_from_dict
-from retinanet_keras.data import sources
+from retinanet_keras.data import dataset_formats
 from retinanet_keras.data.coco import Categories
-from retinanet_keras.errors import Interrupted
-from retinanet_keras.results.evaluation import METRICS
+from retinanet_keras.errors import Interrupted, RunError
+from retinanet_keras.evaluation.coco_metrics import METRICS
 from retinanet_keras.serving import detector
 from retinanet_keras.training import callbacks, run
-from retinanet_keras.training.checkpoints import Checkpoints, load_run
-from retinanet_keras.training.folder import RunError, RunFolder, build_model
+from retinanet_keras.training.build import build_model
+from retinanet_keras.training.resume import Checkpoints, load_run
+from retinanet_keras.training.run_folder import RunFolder
+from retinanet_keras.weights import imagenet
 
 
 def weights_and_slots(folder):
@@ -216,7 +218,7 @@ def test_a_float16_run_counts_the_steps_its_optimizer_leaves_out(tiny_config, da
         data_dir, model={"norm": "group"}, train={"precision": "mixed_float16", "iterations": 4, "checkpoint_every": 2},
         eval={"every": 0, "keep": "last"},
     )  # fmt: skip
-    categories = sources.open_split(settings.data, "train").categories
+    categories = dataset_formats.open_split(settings.data, "train").categories
     folder.start(settings, categories)
     model = build_model(settings, categories)
     checkpoints = Checkpoints(model, folder, 3)
@@ -258,7 +260,7 @@ def test_an_evaluation_that_was_missed_is_made_up(tiny_config, data_dir, finishe
 @pytest.mark.slow
 def test_a_run_keeps_the_pixel_mean_of_its_weights(tiny_config, data_dir, tmp_path):
     """And trains with another loss on mined anchors."""
-    pretrained.save(backbones.resnet("resnet18", width=8, norm="batch"), tmp_path / "b.weights.h5", (100, 110, 120))
+    imagenet.save(backbones.resnet("resnet18", width=8, norm="batch"), tmp_path / "b.weights.h5", (100, 110, 120))
     config = tiny_config(
         data_dir, model={"weights": str(tmp_path / "b.weights.h5")}, loss={"kind": "cross_entropy", "alpha": None},
         mining={"batch_size": 16, "ratio": 3}, train={"iterations": 2}, eval={"every": 0, "keep": "last"},

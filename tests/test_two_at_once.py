@@ -11,11 +11,11 @@ import onnx
 import pytest
 from PIL import Image
 
-from retinanet_keras.results.evaluation import METRICS
+from retinanet_keras.evaluation.coco_metrics import METRICS
 from retinanet_keras.serving import export
 from retinanet_keras.training import best
-from retinanet_keras.training.checkpoints import Checkpoints, load_run
-from retinanet_keras.training.folder import RunFolder
+from retinanet_keras.training.resume import Checkpoints, load_run
+from retinanet_keras.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "evaluate", "export", "detect", "inspect")

@@ -17,8 +17,10 @@ import pytest
 import weight_damage
 
 from retinanet_keras import backbone as backbones
-from retinanet_keras import checkpoints, pretrained, trained, weight_files
+from retinanet_keras import checkpoints
 from retinanet_keras.errors import UserError
+from retinanet_keras.training import loading
+from retinanet_keras.weights import imagenet, keras_files
 
 NAMES = [{"label": i, "id": i + 1, "name": name} for i, name in enumerate("abc")]
 
@@ -41,14 +43,14 @@ def names(folder):
 
 def of_file(path):
     """The arrays of a file that is whole."""
-    weight_files.check(path)
+    keras_files.check(path)
     content = path
     if path.suffix == ".keras":
         content = io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5"))
     arrays = {}
     with h5py.File(content) as file:
         file.visititems(lambda name, item: arrays.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
-        arrays["mean"] = file.attrs.get(pretrained.PIXEL_MEAN)
+        arrays["mean"] = file.attrs.get(imagenet.PIXEL_MEAN)
     return arrays
 
 
@@ -65,7 +67,7 @@ OF_LIBRARIES = [  # that change files
 WRITERS = {
     "save": ("a.keras", lambda model, net, path: model.save(path)),
     "save_weights": ("a.weights.h5", lambda model, net, path: model.save_weights(path)),
-    "pretrained.save": ("a.weights.h5", lambda model, net, path: pretrained.save(net, path, (1.0, 2.0, 3.0))),
+    "pretrained.save": ("a.weights.h5", lambda model, net, path: imagenet.save(net, path, (1.0, 2.0, 3.0))),
     "convert to .keras": ("a.keras", lambda model, net, path: checkpoints.convert("released.pkl", path)),
     "convert to .weights.h5": ("a.weights.h5", lambda model, net, path: checkpoints.convert("backbone.pkl", path)),
 }
@@ -103,7 +105,7 @@ def test_a_link_may_lead_to_a_file_of_any_name(model, tmp_path):
     ):  # fmt: skip
         (tmp_path / name).symlink_to(tmp_path / f"of {name[:-2]}")
         save(tmp_path / name)
-        weight_files.check(tmp_path / name)
+        keras_files.check(tmp_path / name)
         load(tmp_path / name)
         assert (tmp_path / name).is_symlink()
 
@@ -158,7 +160,7 @@ def test_a_checksum_goes_along_with_a_copy_and_h5py_does_not_see_it(model, tmp_p
     model.save_weights(tmp_path / "a.weights.h5")
     copy = tmp_path / "b.weights.h5"
     copy.write_bytes((tmp_path / "a.weights.h5").read_bytes())
-    assert weight_files.MARK in copy.read_bytes()[-100:]
+    assert keras_files.MARK in copy.read_bytes()[-100:]
     model.load_weights(copy)
     keras.Model.load_weights(model, copy)
     copy.write_bytes(copy.read_bytes()[:-1] + b"?")
@@ -171,23 +173,23 @@ def test_a_checksum_that_was_cut_off_is_missed(model, tmp_path):
     model.save_weights(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content[: content.rindex(weight_files.MARK)])
+    path.write_bytes(content[: content.rindex(keras_files.MARK)])
     with pytest.raises(UserError, match="its checksum is missing at the end"):
         model.load_weights(path)
 
 
 def test_files_of_keras_itself_are_read(model, small_model, net, tmp_path):
     net.save_weights(tmp_path / "net.weights.h5")
-    pretrained.load(net, tmp_path / "net.weights.h5")
+    imagenet.load(net, tmp_path / "net.weights.h5")
     keras.Model.save_weights(model, tmp_path / "a.weights.h5")
-    assert weight_files.MARK not in (tmp_path / "a.weights.h5").read_bytes()
+    assert keras_files.MARK not in (tmp_path / "a.weights.h5").read_bytes()
     again = small_model(seed=1)
     again.load_weights(tmp_path / "a.weights.h5")
     keras.Model.save(model, tmp_path / "a.keras")
     with zipfile.ZipFile(tmp_path / "a.keras") as plain, zipfile.ZipFile(tmp_path / "b.keras", "w", 8) as packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    for one in (again, trained.of_file(tmp_path / "b.keras", "--model")):
+    for one in (again, loading.of_file(tmp_path / "b.keras", "--model")):
         assert all(np.array_equal(*pair) for pair in zip(one.get_weights(), model.get_weights(), strict=True))
 
 
@@ -280,19 +282,19 @@ def test_what_is_no_model_is_told_in_words(tmp_path, content, message):
     path = tmp_path / "a.keras"
     keras_file(path, **content) if isinstance(content, dict) else path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        trained.of_file(path, "--model")
+        loading.of_file(path, "--model")
     assert str(caught.value).startswith(f"--model: {path} ") and "\n" not in str(caught.value)
 
 
 def test_a_damaged_file_of_a_backbone_names_the_setting(net, tmp_path):
     path = tmp_path / "a.weights.h5"
-    pretrained.save(net, path, (1.0, 2.0, 3.0))
+    imagenet.save(net, path, (1.0, 2.0, 3.0))
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(UserError, match=f"^weights: {path} is damaged or cut short"):
-        pretrained.load(net, path)
+        imagenet.load(net, path)
     path.write_bytes(hdf5())
     for mean in ("red", [1.0, 2.0], 3.0):
         with h5py.File(path, "a") as file:
-            file.attrs[pretrained.PIXEL_MEAN] = mean
+            file.attrs[imagenet.PIXEL_MEAN] = mean
         with pytest.raises(UserError, match="its attribute pixel_mean is not a color"):
-            pretrained.pixel_mean(path)
+            imagenet.pixel_mean(path)

@@ -108,9 +108,10 @@ def run(count, seed, folder, seconds=0):
     import keras
 
     import retinanet_keras  # noqa: F401  (before Keras)
-    from retinanet_keras import RetinaNet, backbone, pretrained, trained
+    from retinanet_keras import RetinaNet, backbone
     from retinanet_keras.errors import UserError
-    from retinanet_keras.released import files
+    from retinanet_keras.training import loading
+    from retinanet_keras.weights import imagenet, reader
 
     keras.utils.set_random_seed(0)
     categories = [{"label": i, "id": i + 1, "name": name} for i, name in enumerate("abc")]
@@ -123,7 +124,7 @@ def run(count, seed, folder, seconds=0):
     arrays = {f"w{i}": np.arange(50.0, dtype="float32").reshape(5, 10) + i for i in range(3)}
 
     def of_keras(path):
-        again = trained.of_file(path, "--model")
+        again = loading.of_file(path, "--model")
         return again.get_config() == model.get_config() and same(again.get_weights(), expected["model"])
 
     def of_weights(path):
@@ -133,10 +134,10 @@ def run(count, seed, folder, seconds=0):
 
     def of_backbone(path):
         net.set_weights([0 * value for value in expected["net"]])
-        return pretrained.load(net, path) == mean and same(net.get_weights(), expected["net"])
+        return imagenet.load(net, path) == mean and same(net.get_weights(), expected["net"])
 
     def of_files(kind):
-        return lambda path: same(list(files.read(path).values()), released[kind])
+        return lambda path: same(list(reader.read(path).values()), released[kind])
 
     path = Path(folder, "original.npz")
     np.savez_compressed(path, **arrays)
@@ -145,7 +146,7 @@ def run(count, seed, folder, seconds=0):
     originals["pickle"] = pickle.dumps({"model": arrays}, 4)
     for kind, save in {
         "keras": model.save, "weights": model.save_weights,
-        "backbone": lambda path: pretrained.save(net, path, mean),
+        "backbone": lambda path: imagenet.save(net, path, mean),
         "no checksum": lambda path: keras.Model.save_weights(model, path),
     }.items():  # fmt: skip
         path = Path(folder, f"original{SUFFIXES[kind]}")
@@ -155,7 +156,7 @@ def run(count, seed, folder, seconds=0):
     released = {}
     for kind in SUFFIXES.keys() - loaders.keys():
         (Path(folder) / "whole").write_bytes(originals[kind])
-        released[kind] = list(files.read(Path(folder) / "whole").values())
+        released[kind] = list(reader.read(Path(folder) / "whole").values())
         loaders[kind] = of_files(kind)
 
     outcomes, faults = Counter(), []

@@ -1,1 +1,1 @@
-"""Images and boxes: COCO files, generated shapes, TFDS; the input pipeline; the check of a dataset."""
+"""Images and boxes: dataset formats, decoding, the canvas, augmentation, and batches."""

@@ -3,7 +3,7 @@
 
 import tensorflow as tf
 
-from retinanet_keras.data import headers
+from retinanet_keras.data import image_headers
 
 START = 66  # bytes in which a header says everything but the colors of the palette
 DEPTHS = (1, 2, 4, 8, 24, 32)  # bits per pixel; up to 8 they are an index into the palette
@@ -20,10 +20,10 @@ def decode(encoded):
     data = tf.io.decode_raw(encoded, tf.uint8)
     head = tf.ensure_shape(tf.io.decode_raw(encoded, tf.uint8, fixed_length=START), [START])
     head = tf.cast(head, tf.int64)  # zeros where the file is shorter
-    little = headers.little
-    width, height = headers.bitmap_sides(head)
+    little = image_headers.little
+    width, height = image_headers.bitmap_sides(head)
     after = 14 + little(head[14:18])  # where the header ends
-    old = after == 14 + headers.OLD_BITMAP
+    old = after == 14 + image_headers.OLD_BITMAP
     bits = tf.where(old, little(head[24:26]), little(head[28:30]))
     compression = tf.where(old, tf.constant(0, tf.int64), little(head[30:34]))
     used = tf.where(old, tf.constant(0, tf.int64), little(head[46:50]))
@@ -35,9 +35,9 @@ def decode(encoded):
     plain = _any(compression, RAW) | (_any(compression, MASKED) & (bits == 32) & usual)
     whole = (width > 0) & (count > 0) & (first >= after) & (count <= (end - first) // stride)
     sound = [
-        headers.insist(_any(bits, DEPTHS), ["expected a BMP of", DEPTHS, "bits per pixel, this one has", bits]),
-        headers.insist(plain, ["expected a BMP that is not compressed, with 8 bits each of red, green and blue"]),
-        headers.insist(whole, ["this BMP is cut off, or its header is damaged"]),
+        image_headers.insist(_any(bits, DEPTHS), ["expected a BMP of", DEPTHS, "bits per pixel, this one has", bits]),
+        image_headers.insist(plain, ["expected a BMP that is not compressed, with 8 bits each of red, green and blue"]),
+        image_headers.insist(whole, ["this BMP is cut off, or its header is damaged"]),
     ]
     with tf.control_dependencies(sound):
         rows = tf.reshape(data[first : first + stride * count], [count, stride])

@@ -14,16 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras import storage, strict_json
-from retinanet_keras.data import rules
-from retinanet_keras.errors import UserError
-from retinanet_keras.printable import printable
+from retinanet_keras.data import coco_rules
+from retinanet_keras.errors import DataError
+from retinanet_keras.storage import disk, strict_json
+from retinanet_keras.storage.printable import printable
 
 logger = logging.getLogger("retinanet_keras")
-
-
-class DataError(UserError):
-    """A dataset that cannot be used; the message names the file, the offenders and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +43,12 @@ class Categories:
         if not isinstance(rows, (list, tuple)) or not all(map(_is_category, rows)):
             raise DataError(
                 f"Expected categories as a list of objects with whole numbers as label and id, and a name; got "
-                f"{rules.show(rows)}."
+                f"{coco_rules.show(rows)}."
             )
         rows = sorted(rows, key=lambda row: row["label"])
         labels = [row["label"] for row in rows]
         if labels != list(range(len(rows))):
-            raise DataError(f"Expected the labels 0 to {len(rows) - 1} once each, got {rules.show(labels)}.")
+            raise DataError(f"Expected the labels 0 to {len(rows) - 1} once each, got {coco_rules.show(labels)}.")
         return cls(tuple(row["id"] for row in rows), tuple(row["name"] for row in rows))
 
 
@@ -140,10 +136,10 @@ def load(annotation_file, image_dir, *, keep_empty=True):
         DataError: listing everything that is wrong with the file.
     """
     findings, dataset = examine(read(annotation_file), annotation_file, image_dir)
-    errors = [f"\n- {finding}" for finding in findings if finding.level == rules.ERROR]
+    errors = [f"\n- {finding}" for finding in findings if finding.level == coco_rules.ERROR]
     if errors:
         raise DataError(f"{annotation_file} cannot be used:{''.join(errors)}")
-    warnings = [f"{w.count} {w.what}, such as {w.examples[0]}" for w in findings if w.level == rules.WARNING]
+    warnings = [f"{w.count} {w.what}, such as {w.examples[0]}" for w in findings if w.level == coco_rules.WARNING]
     if warnings:
         logger.warning(
             "%s: ignored %s. Run `python -m retinanet_keras inspect` for more.", annotation_file, "; ".join(warnings)
@@ -166,7 +162,7 @@ def read(annotation_file):
         tree = strict_json.read(path, strict=False)  # which for COCO's files would take seconds
     except FileNotFoundError:
         names = sorted(p.name for p in path.parent.glob("*.json"))
-        near = difflib.get_close_matches(path.name, names, rules.SHOWN, 0.4) or names[: rules.SHOWN]
+        near = difflib.get_close_matches(path.name, names, coco_rules.SHOWN, 0.4) or names[: coco_rules.SHOWN]
         raise DataError(
             f"No annotations at {path}; {path.parent} holds {printable(', '.join(near)) or 'no .json file'}. "
             "data.dir, data.annotations and the names of the splits say where to look."
@@ -177,7 +173,7 @@ def read(annotation_file):
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(tree, dict):
         raise DataError(
-            f"{path} must hold a JSON object with `images`, `annotations` and `categories`, got {rules.show(tree)}"
+            f"{path} must hold a JSON object with `images`, `annotations` and `categories`, got {coco_rules.show(tree)}"
         )
     return tree
 
@@ -186,18 +182,18 @@ def examine(tree, annotation_file, image_dir):
     """Check a JSON object against every rule, and keep what is usable.
 
     Returns:
-        a list of `rules.Finding`, and the CocoDataset of every usable image and box.
+        a list of `coco_rules.Finding`, and the CocoDataset of every usable image and box.
     """
-    findings, lists = rules.check_lists(tree)
+    findings, lists = coco_rules.check_lists(tree)
     if not os.path.isdir(image_dir):
         fix = "data.dir and data.images say where the images are."
         what = "image folder that does not exist"
-        findings.append(rules.Finding("image-folder", rules.ERROR, 1, what, (str(image_dir),), fix))
-    found, category_ids, names = rules.check_categories(lists["categories"])
+        findings.append(coco_rules.Finding("image-folder", coco_rules.ERROR, 1, what, (str(image_dir),), fix))
+    found, category_ids, names = coco_rules.check_categories(lists["categories"])
     findings += found
-    found, known_ids, image_ids, file_names, sizes = rules.check_images(lists["images"])
+    found, known_ids, image_ids, file_names, sizes = coco_rules.check_images(lists["images"])
     findings += found
-    found, image, boxes, labels, dropped = rules.check_annotations(
+    found, image, boxes, labels, dropped = coco_rules.check_annotations(
         lists["annotations"], known_ids, image_ids, sizes, category_ids
     )
     findings += found
@@ -239,7 +235,7 @@ def unusable_files(dataset):
 
 def _measures(annotations):
     rows = [row for row in annotations if isinstance(row, dict)]
-    return storage.digest([row.get("area") for row in rows], [row.get("iscrowd") for row in rows])
+    return disk.digest([row.get("area") for row in rows], [row.get("iscrowd") for row in rows])
 
 
 def _offsets(counts):

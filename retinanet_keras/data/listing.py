@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.errors import DataError
 
 logger = logging.getLogger("retinanet_keras")
 

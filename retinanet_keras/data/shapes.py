@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from retinanet_keras import storage, strict_json
 from retinanet_keras.config import ShapesConfig
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.errors import DataError
+from retinanet_keras.storage import disk, strict_json
 
 TEXTURE_OF = {"disk": "dots", "triangle": "stripes", "square": "checks", "star": "gradient", "ring": "noise"}
 NAMES = tuple(TEXTURE_OF)
@@ -58,7 +58,7 @@ def generate(directory, config):
     stamp = {"version": VERSION, **_plain(config)}
     if _is_done(directory, stamp):
         return
-    with storage.folder_beside(directory) as partial:
+    with disk.folder_beside(directory) as partial:
         (partial / "images").mkdir()
         (partial / "annotations").mkdir()
         counts = [config.train_images, config.val_images, config.test_images]

@@ -19,11 +19,10 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from retinanet_keras import storage
-from retinanet_keras.data import coco, splits
-from retinanet_keras.data.coco import DataError
+from retinanet_keras.data import coco, coco_splits
 from retinanet_keras.data.image_formats import DAMAGE, IMAGE_FORMATS
-from retinanet_keras.errors import first_line
+from retinanet_keras.errors import DataError, first_line
+from retinanet_keras.storage import disk
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -79,21 +78,25 @@ def annotation_file(config, split):
 
 def _official(config, split):
     """Where the official annotations of one of COCO's splits would be; None for other splits and sets."""
-    name = splits.OFFICIAL.get(split, split)
-    return splits.annotation_file(config, name) if name in splits.NAMES and config.name.startswith("coco") else None
+    name = coco_splits.OFFICIAL.get(split, split)
+    return (
+        coco_splits.annotation_file(config, name)
+        if name in coco_splits.NAMES and config.name.startswith("coco")
+        else None
+    )
 
 
 def _prepare(config, split):
     """(annotation file, index of the images among which its own are, ids of the file's images to skip)."""
-    builder, name, official = _builder(config), splits.OFFICIAL.get(split, split), _official(config, split)
+    builder, name, official = _builder(config), coco_splits.OFFICIAL.get(split, split), _official(config, split)
     pools = POOLS.get(f"{builder.info.name}/{builder.builder_config.name if builder.builder_config else ''}", {})
     pool = pools.get(name, split)
     index, derived = _index(builder, config, pool)
     if official and official.is_file():
         return official, index, ()
-    val2017 = splits.annotation_file(config, "val2017")
+    val2017 = coco_splits.annotation_file(config, "val2017")
     if pools is POOLS["coco/2014"] and name == "train2017" and val2017.is_file():
-        return derived, index, {image["id"] for image in splits.lists_of(val2017, "images")["images"]}
+        return derived, index, {image["id"] for image in coco_splits.lists_of(val2017, "images")["images"]}
     if name in pools and (name.startswith("test") or pools is POOLS["coco/2014"]):
         raise DataError(
             f"{split} of {config.name}: which images of the set's {pool} belong to it is said by COCO's own file, "
@@ -161,7 +164,7 @@ def _index(builder, config, pool):
     home = Path(builder.data_dir)
     state = [f"{Path(p.filename).name}:{p.skip}:{p.take}:{os.path.getsize(p.filename)}" for p in parts]
     slug = "".join(c if c.isalnum() else "_" for c in pool) + f"-{zlib.crc32(pool.encode()):08x}"
-    for folder in (home / splits.DERIVED, _cache(builder)):
+    for folder in (home / coco_splits.DERIVED, _cache(builder)):
         derived, saved = folder / f"instances_{slug}.json", folder / f"{slug}.npz"
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(saved) as file:
             if file["state"].tolist() == state and derived.is_file():
@@ -173,7 +176,7 @@ def _index(builder, config, pool):
         except OSError:
             continue
         index = _go_through(builder, parts, derived)
-        with storage.replacing(saved) as partial:
+        with disk.replacing(saved) as partial:
             np.savez(partial, state=state, **index)
         return {**index, "files": [home / name for name in index["files"]]}, derived
     raise DataError(f"Neither {builder.data_dir} nor {_cache(builder)} can be written, for the index of the images")
@@ -222,7 +225,7 @@ def _go_through(builder, parts, derived):
                         yield {"id": number, "image_id": image_id, **annotation}
 
     categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, names, strict=True)]
-    splits.write(derived, images, annotations(), categories)
+    coco_splits.write(derived, images, annotations(), categories)
     return {
         "image_ids": np.array([image["id"] for image in images], np.int64), "files": np.array(files),
         "file_of": np.array(where, np.int64), "spans": np.array(spans, np.int64).reshape(-1, 2),

@@ -17,11 +17,11 @@ import sys
 import threading
 from pathlib import Path
 
-from retinanet_keras import storage
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.errors import Interrupted, UserError
-from retinanet_keras.experiments import measured, output, paper, tables
-from retinanet_keras.results import files
+from retinanet_keras.evaluation import coco_json
+from retinanet_keras.experiments import measurements, paper, results_page, tables
+from retinanet_keras.storage import disk
 
 logger = logging.getLogger("retinanet_keras")
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -59,8 +59,8 @@ def run_table(table, scale, to, *, only=(), seeds=1, overrides=()):
                 title = f"{table} {row.name}, seed {seed} ({number} of {len(rows)})"
                 result = train_row(place / row.name, seed, title)
                 print(f"{title}: {_told(result)}", flush=True)
-                output.write(place, table, scale)
-    print(output.write(place, table, scale))
+                results_page.write(place, table, scale)
+    print(results_page.write(place, table, scale))
 
 
 def _write_config(path, tree):
@@ -73,7 +73,7 @@ def _write_config(path, tree):
             "Choose another folder with --to, or remove that row's"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path, text)
+    disk.write(path, text)
 
 
 def train_row(place, seed, title):
@@ -87,11 +87,11 @@ def train_row(place, seed, title):
         {"AP", "AP50", ...: 0..1 or None} of the last evaluation, or {"diverged": the step}.
     """
     folder = place / str(seed)
-    if (folder / "result.json").exists() and (result := measured.read_result(folder / "result.json")):
+    if (folder / "result.json").exists() and (result := measurements.read_result(folder / "result.json")):
         return result
     folder.mkdir(parents=True, exist_ok=True)
     # A training holds this lock, too, should this process be killed; on its folder it has one of its own.
-    with storage.locked(folder, title, name=LOCK, waiting=lambda holder: _say_waiting(title, holder)) as lock:
+    with disk.locked(folder, title, name=LOCK, waiting=lambda holder: _say_waiting(title, holder)) as lock:
         result = _done(folder)  # another process may have been at it
         if not result:
             print(f"{title}: training; output in {folder / 'output.txt'}", flush=True)
@@ -101,7 +101,7 @@ def train_row(place, seed, title):
             ]  # fmt: skip
             status, said = _run(command, folder / "output.txt", lock)
             result = _result(status, said, folder, title)
-            storage.write(folder / "result.json", json.dumps(result) + "\n")
+            disk.write(folder / "result.json", json.dumps(result) + "\n")
     return result
 
 
@@ -110,9 +110,9 @@ def _done(folder):
     file = folder / "result.json"
     if not file.exists():
         return None
-    result = measured.read_result(file)
+    result = measurements.read_result(file)
     if result is None:
-        logger.warning("%s is damaged. It is kept as %s; it is written anew", file, storage.set_aside(file))
+        logger.warning("%s is damaged. It is kept as %s; it is written anew", file, disk.set_aside(file))
     return result
 
 
@@ -131,7 +131,7 @@ def _result(status, said, folder, title):
             "Run the same command again: it goes on from there"
         )
     data = load_config(folder / "config.json").data
-    metrics = files.read_json(folder / "eval" / (data.test_split or data.val_split) / "metrics.json")
+    metrics = coco_json.read_json(folder / "eval" / (data.test_split or data.val_split) / "metrics.json")
     return {key: metrics[key] for key in paper.METRICS}
 
 
@@ -176,7 +176,7 @@ def _terminated():
 def _told(result):
     if "diverged" in result:
         return f"diverged in step {result['diverged']}"
-    return f"AP {measured.percent(result['AP'])}, AP50 {measured.percent(result['AP50'])}"
+    return f"AP {measurements.percent(result['AP'])}, AP50 {measurements.percent(result['AP50'])}"
 
 
 def plan(table, scale, *, only=(), overrides=()):
@@ -188,6 +188,6 @@ def plan(table, scale, *, only=(), overrides=()):
         train = config.train
         lines.append(
             f"{row.name}: {tables.differs(row, scale)} | {train.iterations:,} iterations of {train.batch_size} images, "
-            f"shorter side {config.data.short_side} | {output.printed(printed.get(row.name, {}))}"
+            f"shorter side {config.data.short_side} | {results_page.printed(printed.get(row.name, {}))}"
         )
     return lines

@@ -7,7 +7,7 @@ anchor to some 600 others. Its numbers here are this project's choices.
 
 from dataclasses import dataclass, field
 
-from retinanet_keras import settings
+from retinanet_keras import config_schema
 from retinanet_keras.config import Config
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments import paper
@@ -222,7 +222,7 @@ def tree(table, row, scale, data_dir=None, overrides=()):
             place = place.setdefault(section, {})
         place[last] = value
     for override in overrides:
-        settings.apply(Config, built, override)
+        config_schema.apply(Config, built, override)
     return built
 
 
@@ -230,4 +230,4 @@ def differs(row, scale, than=None):
     """What sets a Row apart from the table's others, or from one other, as `key=value` texts."""
     of_both = [{**one.changes, **(one.paper if scale == "paper" else one.small)} if one else {} for one in (row, than)]
     changes = {key: value for key, value in of_both[0].items() if key not in of_both[1] or of_both[1][key] != value}
-    return " ".join(f"{key}={settings.show(value)}" for key, value in changes.items()) or "the paper's settings"
+    return " ".join(f"{key}={config_schema.show(value)}" for key, value in changes.items()) or "the paper's settings"

@@ -10,9 +10,9 @@ import platform
 import statistics
 import time
 
-from retinanet_keras import storage
 from retinanet_keras.config import config_from_dict
 from retinanet_keras.experiments import paper, tables
+from retinanet_keras.storage import disk
 
 SHAPE = 3, 4  # height to width of the image timed, as most of COCO's
 SCORE_THRESHOLD = 0.0  # of the models timed, on every level
@@ -34,8 +34,8 @@ def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
     """
     import tensorflow as tf
 
+    from retinanet_keras import folding
     from retinanet_keras.model import RetinaNet
-    from retinanet_keras.serving import inference
 
     detectors, calls = {}, {}
     for row in tables.rows("1e", "paper", only):
@@ -43,7 +43,7 @@ def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
         name = config.model.backbone
         if name not in detectors:
             model = RetinaNet(80, name, norm="frozen", detection=config.detection, **smaller or {})
-            detectors[name] = inference.compiled(model)  # as an export computes
+            detectors[name] = folding.compiled(model)  # as an export computes
         sides = {key: getattr(config.data, key) // shrink for key in ("short_side", "max_side")}
         calls[row.name] = call(detectors[name], **sides)
     times = medians(calls, rounds)
@@ -51,7 +51,7 @@ def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
     device = tf.config.experimental.get_device_details(devices[0])["device_name"] if devices else platform.machine()
     about = f"median of {rounds}, one image of 4:3, {device}, TensorFlow {tf.__version__}; the paper's: {_papers()}"
     content = {"about": about, "rows": times}
-    with storage.replacing_text(to / "time.json") as file:
+    with disk.replacing_text(to / "time.json") as file:
         file.write(json.dumps(content, indent=1) + "\n")
     return content
 
@@ -70,15 +70,15 @@ def call(detect, short_side, max_side):
     """A function that detects in one image of 4:3 and waits for the result.
 
     Args:
-        detect: as `inference.compiled` gives it.
+        detect: as `folding.compiled` gives it.
         short_side, max_side: of the image, as the settings of these names.
     """
     import numpy as np
     import tensorflow as tf
 
-    from retinanet_keras.data import pipeline
+    from retinanet_keras.data import canvas
 
-    height, width = pipeline.resized(SHAPE, short_side, max_side)[0].numpy()
+    height, width = canvas.resized(SHAPE, short_side, max_side)[0].numpy()
     pixels = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
     image, sizes = tf.constant(pixels), tf.constant([[height, width]], tf.float32)
     return lambda: detect(image, sizes)["scores"].numpy()

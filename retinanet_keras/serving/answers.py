@@ -5,7 +5,7 @@ A server may be another model's, broken, or hostile; nothing of an answer is use
 
 import numpy as np
 
-from retinanet_keras.printable import printable
+from retinanet_keras.storage.printable import printable
 
 MOST_BYTES = 2**26  # of an answer: those to 400 images with 1,000 detections each, as JSON
 MOST_VALUES = 2**24  # of one output

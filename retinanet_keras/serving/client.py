@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from retinanet_keras import storage
-from retinanet_keras.data.coco import DataError
 from retinanet_keras.data.listing import image_files
-from retinanet_keras.errors import UserError
-from retinanet_keras.printable import printable
-from retinanet_keras.results import table
+from retinanet_keras.errors import DataError, ServerError, UserError
 from retinanet_keras.serving import pictures
-from retinanet_keras.serving.conversation import Refused, ServerError, connect
+from retinanet_keras.serving.conversation import Refused, connect
+from retinanet_keras.storage import disk
+from retinanet_keras.storage.printable import printable
+from retinanet_keras.visualization import text_table
 
 # The signature and its input, by what is sent.
 SIGNATURES = {"bytes": ("serving_bytes", "image_bytes"), "images": ("serving_default", "images")}
@@ -44,13 +43,13 @@ def run(images, to, server, model, *, version=None, signature="bytes", batch=1, 
             raise UserError(f"--{name}: expected {least} or more, got {value}")
     if not 0 < timeout <= LONGEST:
         raise UserError(f"--timeout: expected more than 0 and at most {LONGEST:,} seconds, got {timeout:g}")
-    storage.check_folder(to, "--to")
-    storage.check_file(Path(to, RESULTS_FILE), "--to")
+    disk.check_folder(to, "--to")
+    disk.check_file(Path(to, RESULTS_FILE), "--to")
     files, accepted = image_files(images), []
     Path(to).mkdir(parents=True, exist_ok=True)
     results = _Results(Path(to, RESULTS_FILE), server, model, SIGNATURES[signature][0])
-    print(table.HEADER)
-    with storage.locked(to, "client"), connect(server, model, version=version, timeout=timeout) as ask, results:
+    print(text_table.HEADER)
+    with disk.locked(to, "client"), connect(server, model, version=version, timeout=timeout) as ask, results:
         for group in _batches(files, signature, batch, results):
             for part, found in _answers(ask, signature, group, results):
                 if repeat:
@@ -88,7 +87,7 @@ class _Results:
     def _write(self):
         began = time.monotonic()
         tree = {**self.head, "images": self.records}
-        storage.write(self.path, json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        disk.write(self.path, json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         ended = time.monotonic()
         self._next, self._behind = ended + 9 * (ended - began), False
 
@@ -171,7 +170,7 @@ def _failed(name, problem, results):
 def _show(path, name, detections, to, min_score):
     """The lines of the table, and the picture."""
     boxes, scores, labels, names = ([row[key] for row in detections] for key in ("box", "score", "label", "name"))
-    print(*table.rows(name, boxes, scores, names, min_score), sep="\n")
+    print(*text_table.rows(name, boxes, scores, names, min_score), sep="\n")
     try:
         pixels = pictures.read(path)
     except DataError as error:

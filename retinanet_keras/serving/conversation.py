@@ -10,10 +10,10 @@ import json
 import re
 from urllib.parse import quote
 
-from retinanet_keras import strict_json
-from retinanet_keras.errors import UserError
-from retinanet_keras.printable import printable
+from retinanet_keras.errors import ServerError, UserError
 from retinanet_keras.serving import answers, pictures
+from retinanet_keras.storage import strict_json
+from retinanet_keras.storage.printable import printable
 
 METHOD = "/tensorflow.serving.PredictionService/Predict"
 # The gRPC code behind an HTTP status, where TF Serving's REST interface has one for it.
@@ -23,10 +23,6 @@ CODES = {
 }  # fmt: skip
 SHOWN = 300  # characters of a server's words
 PIECE = 4096  # pixels of a row that are made JSON at once
-
-
-class ServerError(UserError):
-    """The server is not there, has not the model, or does not answer in time: no other image would fare better."""
 
 
 class Refused(UserError):

@@ -3,11 +3,11 @@
 import numpy as np
 import tensorflow as tf
 
-from retinanet_keras import strict_json
-from retinanet_keras.data.coco import Categories, DataError
-from retinanet_keras.errors import first_line
-from retinanet_keras.serving import card
+from retinanet_keras.data.coco import Categories
+from retinanet_keras.errors import DataError, first_line
+from retinanet_keras.serving import model_card
 from retinanet_keras.serving.export import CATEGORIES_FILE, signatures
+from retinanet_keras.storage import strict_json
 
 # What TensorFlow raises where stored variables are damaged, or of another model.
 UNREADABLE = (tf.errors.OpError, AssertionError, ValueError, IndexError)
@@ -40,7 +40,7 @@ def of_export(path):
         raise DataError(f"{path} is no SavedModel of a RetinaNet exported here ({first_line(error)}). Export one with "
                         "`python -m retinanet_keras export --workdir RUN --to DIR`") from None  # fmt: skip
     told = f"{path / CATEGORIES_FILE} has {len(categories)} categories, expected"
-    expected = card.num_classes(path) or max(1, len(categories))
+    expected = model_card.num_classes(path) or max(1, len(categories))
     if len(categories) != expected:
         raise DataError(f"{told} {expected}, as many as the model has classes. Export it again")
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from retinanet_keras import detections, storage
-from retinanet_keras.data import augmentation, headers, pipeline, sources
+from retinanet_keras import detections, folding
+from retinanet_keras.data import augmentation, canvas, image_decoding, image_headers
 from retinanet_keras.data.coco import Categories
-from retinanet_keras.serving import card, inference, warmup
+from retinanet_keras.serving import model_card, warmup
+from retinanet_keras.storage import disk
 
 logger = logging.getLogger("retinanet_keras")
-CATEGORIES_FILE = card.EXTRA / "categories.json"
+CATEGORIES_FILE = model_card.EXTRA / "categories.json"
 LARGEST = 2**63 - 1  # of a version in TF Serving
 
 
@@ -40,17 +41,17 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
     Returns:
         the path of the SavedModel.
     """
-    if tf.as_dtype(precision or model.compute_dtype) == tf.bfloat16 and (ratio := inference.bfloat16_time()) > 1.1:
+    if tf.as_dtype(precision or model.compute_dtype) == tf.bfloat16 and (ratio := folding.bfloat16_time()) > 1.1:
         logger.warning(
             "A matrix product in bfloat16 takes %.1f times as long as in float32 on this machine, which has just timed "
             "both: here the export will be slower than one in float32. It is right for a machine whose processor "
             "computes bfloat16 itself (avx512_bf16 or amx_bf16 in /proc/cpuinfo, or a GPU)", ratio,
         )  # fmt: skip
     folder = Path(folder)
-    storage.check_folder(folder if version is None else folder / str(version), "The export's folder")
-    described = card.describe(model, config, precision, metrics, run)
-    if version is not None and card.is_of(folder / str(version), described):
-        storage.clear_remains(folder / str(version))
+    disk.check_folder(folder if version is None else folder / str(version), "The export's folder")
+    described = model_card.describe(model, config, precision, metrics, run)
+    if version is not None and model_card.is_of(folder / str(version), described):
+        disk.clear_remains(folder / str(version))
         return folder / str(version)
     images, image_bytes = signatures(model, config, precision)
     archive = keras.export.ExportArchive()  # without `track`, which would store every weight twice
@@ -59,10 +60,10 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
     with _version(folder, version) as place:
         partial = place.path
         archive.write_out(str(partial), verbose=False)
-        (partial / card.EXTRA).mkdir(exist_ok=True)
-        storage.write(partial / CATEGORIES_FILE, json.dumps(model.categories, indent=1) + "\n")
-        warmup.write(partial / card.EXTRA / warmup.FILE)
-        card.write(partial, described)
+        (partial / model_card.EXTRA).mkdir(exist_ok=True)
+        disk.write(partial / CATEGORIES_FILE, json.dumps(model.categories, indent=1) + "\n")
+        warmup.write(partial / model_card.EXTRA / warmup.FILE)
+        model_card.write(partial, described)
     return place.path
 
 
@@ -70,14 +71,14 @@ def export_model(model, config, folder, version=None, *, precision=None, metrics
 def _version(folder, version):
     """An object whose `path` is a folder to be filled within the block, and afterwards the version's place."""
     if version is None:
-        with storage.new_folder(lambda: folder / str(max(_numbers(folder), default=0) + 1)) as place:
+        with disk.new_folder(lambda: folder / str(max(_numbers(folder), default=0) + 1)) as place:
             yield place
         return
     there = folder / str(version)
-    with storage.replacing_folder(there) as partial:
+    with disk.replacing_folder(there) as partial:
         place = types.SimpleNamespace(path=partial)
         yield place
-        for name in card.others(there):
+        for name in model_card.others(there):
             if not os.path.lexists(partial / name):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(there / name, partial / name, follow_symlinks=False)
@@ -109,7 +110,7 @@ def signatures(model, config, precision=None):
         return graph(images)
 
     def one(encoded):
-        found = graph(sources.decode(headers.checked(encoded, max_pixels))[None])
+        found = graph(image_decoding.decode(image_headers.checked(encoded, max_pixels))[None])
         return {name: value[0] for name, value in found.items()}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
@@ -131,14 +132,14 @@ def search_function(model, config, precision=None, resize=augmentation.resize):
     data = config.data
     categories = Categories.from_list(model.categories)
     ids, names = [*categories.ids, -1], [name.encode("utf-8", "replace") for name in (*categories.names, "")]
-    detect = inference.detect_function(model, precision)
+    detect = folding.detect_function(model, precision)
 
     def search(images):
-        canvas, size, scale = pipeline.fit(images, data.short_side, data.max_side, resize=resize)
-        found = detect(canvas, tf.tile(size[None], [tf.shape(images)[0], 1]))
+        pixels, size, scale = canvas.fit(images, data.short_side, data.max_side, resize=resize)
+        found = detect(pixels, tf.tile(size[None], [tf.shape(images)[0], 1]))
         row = tf.where(found["labels"] >= 0, found["labels"], len(categories))  # the last is for "nothing"
         return {
-            "boxes": pipeline.to_original(found["boxes"], scale, tf.shape(images)[1:3]),
+            "boxes": canvas.to_original(found["boxes"], scale, tf.shape(images)[1:3]),
             "scores": found["scores"],
             "labels": found["labels"],
             "category_ids": tf.gather(tf.constant(ids, tf.int64), row),

@@ -3,15 +3,11 @@
 import json
 from pathlib import Path
 
-from retinanet_keras import storage
-from retinanet_keras.errors import UserError
+from retinanet_keras.errors import OnnxError
+from retinanet_keras.storage import disk
 
 OPSET = 18
 OUTPUTS = ("boxes", "scores", "labels", "category_ids", "num_detections")
-
-
-class OnnxError(UserError):
-    """An ONNX file that cannot be made."""
 
 
 def write(search, categories, path):
@@ -45,7 +41,7 @@ def write(search, categories, path):
     entry.key, entry.value = "categories", json.dumps(categories)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path, model.SerializeToString())
+    disk.write(path, model.SerializeToString())
     return path
 
 

@@ -9,10 +9,9 @@ import numpy as np
 from PIL import Image
 
 from retinanet_keras.config import MAX_PIXELS
-from retinanet_keras.data.coco import DataError
 from retinanet_keras.data.image_formats import DAMAGE, IMAGE_FORMATS
-from retinanet_keras.errors import UserError
-from retinanet_keras.results import draw
+from retinanet_keras.errors import DataError, UserError
+from retinanet_keras.visualization import draw
 
 
 def read(path):

@@ -4,9 +4,10 @@ import json
 import logging
 import math
 
-from retinanet_keras import storage, strict_json, weight_files
-from retinanet_keras.errors import UserError, first_line
-from retinanet_keras.training.folder import RunError, load_weights
+from retinanet_keras.errors import RunError, UserError, first_line
+from retinanet_keras.storage import disk, strict_json
+from retinanet_keras.training.build import load_weights
+from retinanet_keras.weights import keras_files
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -38,7 +39,7 @@ def keep(folder, model, step, ap):
     """Save the weights where they are the best so far. A kill between the two writes costs one evaluation."""
     best = read(folder)
     if best is None or ap > best["AP"]:
-        with storage.replacing(folder.best_weights) as partial:
+        with disk.replacing(folder.best_weights) as partial:
             model.save_weights(partial)
         _write(folder, step, ap)
 
@@ -54,7 +55,7 @@ def load(folder, model):
         return None
     advice = "Use the last checkpoint instead with --set eval.keep=last, or train the run again"
     try:
-        fits = best.get("digest") in (None, storage.digest(folder.best_weights.read_bytes()))
+        fits = best.get("digest") in (None, disk.digest(folder.best_weights.read_bytes()))
         if fits:
             load_weights(model, folder.best_weights)
     except (OSError, ValueError) as error:
@@ -81,7 +82,7 @@ def mend(folder):
     if best and whole:
         return
     if whole and rows:
-        aside = storage.set_aside(folder.best_file)
+        aside = disk.set_aside(folder.best_file)
         row = max(rows, key=lambda row: row["AP"])  # the first of equals, as `keep` has it
         _write(folder, int(row["step"]), row["AP"])
         logger.warning("%s is damaged. It is kept as %s; a new one is written from log.csv", folder.best_file, aside)
@@ -89,7 +90,7 @@ def mend(folder):
     asides = []
     for path in (folder.best_weights, folder.best_file):  # in this order a kill between them is noticed
         if path.exists():
-            asides.append(str(storage.set_aside(path)))
+            asides.append(str(disk.set_aside(path)))
             path.unlink()
     logger.warning(
         "%s or %s is damaged or missing, or a kill came between writing the two. What is there is kept as %s; the next "
@@ -101,12 +102,12 @@ def mend(folder):
 def _whole(folder, digest):
     """Whether the file of weights is there, undamaged, and of a digest, if one is given."""
     try:
-        weight_files.check(folder.best_weights)
-        return digest in (None, storage.digest(folder.best_weights.read_bytes()))
+        keras_files.check(folder.best_weights)
+        return digest in (None, disk.digest(folder.best_weights.read_bytes()))
     except (OSError, UserError):
         return False
 
 
 def _write(folder, step, ap):
-    digest = storage.digest(folder.best_weights.read_bytes())
-    storage.write(folder.best_file, json.dumps({"step": step, "AP": ap, "digest": digest}) + "\n")
+    digest = disk.digest(folder.best_weights.read_bytes())
+    disk.write(folder.best_file, json.dumps({"step": step, "AP": ap, "digest": digest}) + "\n")

@@ -13,8 +13,7 @@ import keras
 import tensorflow as tf
 from tqdm import tqdm
 
-from retinanet_keras.errors import Interrupted
-from retinanet_keras.training.folder import RunError
+from retinanet_keras.errors import Interrupted, RunError
 
 LEAST_SCALE = 2.0**-10  # of a float16 loss; one that fell so far belongs to gradients that are not finite at any scale
 

@@ -3,8 +3,8 @@
 import importlib.util
 import os
 
-from retinanet_keras.training import outputs
-from retinanet_keras.training.folder import RunError
+from retinanet_keras.errors import RunError
+from retinanet_keras.evaluation import artifacts
 
 
 def check(config, folder, split):
@@ -15,7 +15,7 @@ def check(config, folder, split):
         folder: a RunFolder.
         split: str. Name of the split evaluated at the end.
     """
-    outputs.check(folder.evaluation(split))
+    artifacts.check(folder.evaluation(split))
     target = folder.export / "1"
     if target.exists() and not target.is_dir():
         raise RunError(f"{target} is a file, and the export writes a folder there. Remove or rename it")

@@ -11,16 +11,20 @@ import time
 import keras
 import numpy as np
 
-from retinanet_keras import storage
-from retinanet_keras.data import coco, inspection, sources
-from retinanet_keras.identity import identity
-from retinanet_keras.results import curves, draw, evaluation
+from retinanet_keras import errors
+from retinanet_keras.data import dataset_formats, fingerprint
+from retinanet_keras.dataset_check import inspection
+from retinanet_keras.evaluation import artifacts, coco_metrics, detect
+from retinanet_keras.evaluation.callback import CocoMetrics
+from retinanet_keras.evaluation.identity import identity
 from retinanet_keras.serving.export import export_model
-from retinanet_keras.training import best, callbacks, evaluator, fingerprint, outputs, preflight, strategies
-from retinanet_keras.training.checkpoints import Checkpoints
-from retinanet_keras.training.folder import RunFolder, build_model, settle
-from retinanet_keras.training.metrics import CocoMetrics
-from retinanet_keras.training.stream import Stream, explained
+from retinanet_keras.storage import disk
+from retinanet_keras.training import best, callbacks, data_record, preflight, strategies
+from retinanet_keras.training.batches import Stream, explained
+from retinanet_keras.training.build import build_model, resolve_pixel_mean
+from retinanet_keras.training.resume import Checkpoints
+from retinanet_keras.training.run_folder import RunFolder
+from retinanet_keras.visualization import draw, training_curves
 
 logger = logging.getLogger("retinanet_keras")
 
@@ -43,13 +47,13 @@ def train(config, workdir):
     strategies.check_norm(strategy, config.model.norm)
     chief = strategies.is_chief(strategy)
     with callbacks.Signals() as signals, contextlib.ExitStack() as held:
-        config = settle(config)
+        config = resolve_pixel_mean(config)
         folder = RunFolder(workdir)
         with strategies.chief_first(strategy):
             train_set, val_set, test_set = _open_splits(config)
             if chief:
                 folder.prepare()
-                held.enter_context(storage.locked(folder.path, "training"))
+                held.enter_context(disk.locked(folder.path, "training"))
                 _start(folder, config, train_set, val_set, test_set)
                 _say_plan(config, workdir, train_set, strategy)
 
@@ -80,23 +84,23 @@ def _start(folder, config, train_set, val_set, test_set):
     data, mixed = config.data, (config.data.train_split, config.data.val_split)
     sets = {data.train_split: train_set, data.val_split: val_set, data.test_split or data.val_split: test_set}
     known = {split: fingerprint.fingerprint(one) for split, one in sets.items()}
-    folder.start(config, train_set.categories, lambda: fingerprint.check(folder, known, mixed))
+    folder.start(config, train_set.categories, lambda: data_record.check(folder, known, mixed))
 
 
 def _open_splits(config):
     """The datasets of training, of validation and of the test, all checked."""
     data = config.data
-    train_set = sources.open_split(data, data.train_split, keep_empty=data.keep_empty)
-    val_set = sources.open_split(data, data.val_split)
+    train_set = dataset_formats.open_split(data, data.train_split, keep_empty=data.keep_empty)
+    val_set = dataset_formats.open_split(data, data.val_split)
     test_split = data.test_split or data.val_split
-    test_set = val_set if test_split == data.val_split else sources.open_split(data, test_split)
+    test_set = val_set if test_split == data.val_split else dataset_formats.open_split(data, test_split)
     if config.eval.every and not val_set.labelled:
-        raise coco.DataError(
+        raise errors.DataError(
             f"{val_set.annotation_file} has no annotations, so data.val_split={data.val_split} tells nothing of a "
             "training. Name another, or set eval.every=0"
         )
     for other in (val_set, test_set):
-        evaluator.check_categories(other, train_set.categories)
+        detect.check_categories(other, train_set.categories)
         inspection.check_files(other)
     inspection.check_before_training(train_set, config)
     return train_set, val_set, test_set
@@ -161,7 +165,7 @@ def _validate(model, config, folder, log, validation, step):
         if config.eval.keep == "best":
             best.keep(folder, model, step, metrics["AP"])
     log.write({"step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})  # last: it says that all was done
-    drawn = outputs.comparisons(validation.data, validation.records, min(4, config.eval.pictures))
+    drawn = artifacts.comparisons(validation.data, validation.records, min(4, config.eval.pictures))
     pictures = [picture for _, picture in drawn]
     if pictures:
         log.picture("detections", draw.grid(pictures, columns=2), step)
@@ -175,17 +179,17 @@ def _finish(model, config, folder, test_set, began):
         print(f"The best weights were those of step {step}, AP {kept['AP']:.3f}")
     split, speed = config.data.test_split or config.data.val_split, {}
     out = folder.evaluation(split)
-    records = outputs.collect(evaluator.detect_split(model, test_set, config, speed=speed), test_set)
+    records = artifacts.collect(detect.detect_split(model, test_set, config, speed=speed), test_set)
     about = {"model": folder.path.name, "weights": str(folder.path)}
     known = {"step": step, **identity(model, config, split)}
     out.mkdir(parents=True, exist_ok=True)
-    with storage.locked(out, "the end of a training", waiting=lambda holder: print(f"{out}: waiting for {holder}")):
-        metrics = outputs.write(out, records, test_set, config, split, about, evaluator.milliseconds(speed), known)
-    curves.training_curves(folder.log_rows(), folder.curves_file)
+    with disk.locked(out, "the end of a training", waiting=lambda holder: print(f"{out}: waiting for {holder}")):
+        metrics = artifacts.write(out, records, test_set, config, split, about, detect.milliseconds(speed), known)
+    training_curves.training_curves(folder.log_rows(), folder.curves_file)
     measured = {split: metrics} if metrics else None
     export_dir = export_model(model, config, folder.export, version=1, metrics=measured)
     if metrics:
-        print(f"\n{evaluation.format_metrics(metrics)}\n")
+        print(f"\n{coco_metrics.format_metrics(metrics)}\n")
     _summarise(folder, out, export_dir, began)
     return metrics
 

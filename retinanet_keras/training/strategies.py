@@ -6,7 +6,7 @@ import os
 
 import tensorflow as tf
 
-from retinanet_keras.training.folder import RunError
+from retinanet_keras.errors import RunError
 
 
 def make(config, batch_size=None):
@@ -143,7 +143,7 @@ def feed(strategy, batches):
     """Training data for `model.fit`, of which each worker prepares only what its own replicas see.
 
     Args:
-        batches: a function of (share, parts) to a tf.data.Dataset, as `pipeline.training_batches` takes them.
+        batches: a function of (share, parts) to a tf.data.Dataset, as `training_batches.training_batches` takes them.
     """
     replicas = strategy.num_replicas_in_sync
     if replicas == 1:

@@ -19,15 +19,16 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from retinanet_keras import storage, targets
+from retinanet_keras import targets
 from retinanet_keras.anchors import anchor_boxes
 from retinanet_keras.config import load_config
-from retinanet_keras.data import pipeline, sources
+from retinanet_keras.data import dataset_formats, inference_batches
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments.figures import curves, sheet
-from retinanet_keras.training import evaluator
-from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunFolder, load_config_of
+from retinanet_keras.evaluation import detect
+from retinanet_keras.experiments.figures import loss_curves, sheet
+from retinanet_keras.storage import disk
+from retinanet_keras.training.resume import load_run
+from retinanet_keras.training.run_folder import RunFolder, load_config_of
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0)
 NEGATIVES, POSITIVES = 10**7, 10**5  # the paper's numbers of windows
@@ -54,7 +55,7 @@ class Terms:
         places = np.clip((LIMIT - np.float64(x_t)) * PER_UNIT, 0, len(self.counts) - 1).astype(np.int64)
         self.counts += np.bincount(places, minlength=len(self.counts))
         for total, gamma in zip(self.sums, self.gammas, strict=True):
-            values = curves.focal_of(gamma)(tf.constant(x_t), 1.0)
+            values = loss_curves.focal_of(gamma)(tf.constant(x_t), 1.0)
             total += np.bincount(places, values.numpy(), len(self.counts))
 
     def shares(self, gamma, fractions):
@@ -86,8 +87,8 @@ def figure4(to, run, split=None, images=None, overrides=()):
     folder = RunFolder(run)
     load_config_of(folder)  # says that there is no run
     config, model = load_run(run, load_config(folder.config_file, overrides))
-    dataset = sources.open_split(config.data, split or config.data.train_split)
-    evaluator.check_categories(dataset, folder.categories())
+    dataset = dataset_formats.open_split(config.data, split or config.data.train_split)
+    detect.check_categories(dataset, folder.categories())
     positive, negative, seen = collect(model, dataset, config, images)
     if not positive.counts.any() or not negative.counts.any():
         raise UserError(f"{seen} images of {dataset.annotation_file} have no positive anchors; choose another --split")
@@ -103,7 +104,7 @@ def figure4(to, run, split=None, images=None, overrides=()):
         )
     }
     path = _draw(to, positive, negative, about)
-    storage.write(Path(to, "figure4.json"), json.dumps({**about, **findings}, indent=1) + "\n")
+    disk.write(Path(to, "figure4.json"), json.dumps({**about, **findings}, indent=1) + "\n")
     print(f"{Path(to, 'figure4.json')}\n\n{told(about, findings)}")
     return path
 
@@ -120,8 +121,8 @@ def collect(model, dataset, config, images=None):
             if images is None and positive.counts.sum() >= POSITIVES and negative.counts.sum() >= NEGATIVES:
                 break
             chunk = dataset.subset(order[seen : seen + CHUNK])
-            plan = pipeline.inference_plan(chunk.sizes, config.eval.batch_size, config.data)
-            for pixels, about in pipeline.inference_batches(chunk, plan, config.data):
+            plan = inference_batches.inference_plan(chunk.sizes, config.eval.batch_size, config.data)
+            for pixels, about in inference_batches.inference_batches(chunk, plan, config.data):
                 own = [place[int(image_id)] for image_id in about["image_id"]]
                 boxes = np.zeros((len(own), dataset.max_boxes, 4), np.float32)
                 labels = np.full((len(own), dataset.max_boxes), -1, np.int32)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # no pyplot: it keeps figures and a backend in global state
 
-from retinanet_keras import storage
 from retinanet_keras.errors import UserError
-from retinanet_keras.results.draw import PALETTE
+from retinanet_keras.storage import disk
+from retinanet_keras.visualization.draw import PALETTE
 
 COLORS = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in PALETTE)
 BLUE, ORANGE, GREEN, PINK, SKY, RED, _ = COLORS
@@ -45,9 +45,9 @@ def save(to, name, figure, columns, rows):
     picture, table = Path(to) / f"{name}.png", Path(to) / f"{name}.csv"
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        with storage.replacing(picture) as partial:
+        with disk.replacing(picture) as partial:
             figure.savefig(partial, format="png")
-        with storage.replacing_text(table, newline="") as file:
+        with disk.replacing_text(table, newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows([[_cell(value) for value in row] for row in rows])

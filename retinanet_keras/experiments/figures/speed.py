@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from retinanet_keras import folding
 from retinanet_keras.config import ModelConfig
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import measured, paper, timing
+from retinanet_keras.experiments import measurements, paper, timing
 from retinanet_keras.experiments.figures import sheet
-from retinanet_keras.serving import inference
-from retinanet_keras.training.checkpoints import load_run
-from retinanet_keras.training.folder import RunFolder, load_config_of
+from retinanet_keras.training.resume import load_run
+from retinanet_keras.training.run_folder import RunFolder, load_config_of
 
 OTHERS = ("faster_rcnn_fpn", "yolov2", "ssd513", "dssd513")  # of Table 2
 COLUMNS = ("whose", "method", "scale", "AP", "milliseconds", "source")
@@ -62,9 +62,9 @@ def of_runs(folder, measure=None):
 
 def _of_rows(place):
     """Points of a table's folder, in the layout of `runner`."""
-    times = (measured.read_times(place) or {"rows": {}})["rows"]
+    times = (measurements.read_times(place) or {"rows": {}})["rows"]
     points = []
-    for row, seeds in measured.results(place).items():
+    for row, seeds in measurements.results(place).items():
         done = sorted(seed for seed, result in seeds.items() if result.get("AP") is not None)
         if not done:
             continue
@@ -74,7 +74,7 @@ def _of_rows(place):
         time = times.get(row) if _is_of_the_paper(config, row) else None
         source = f"{place / row}, {split}, mean of seeds {' '.join(map(str, done))}"
         points.append({
-            "method": row, "scale": "", "AP": measured.mean_ap(seeds), "run": run, "split": split,
+            "method": row, "scale": "", "AP": measurements.mean_ap(seeds), "run": run, "split": split,
             "milliseconds": time, "timed": FROM_TABLE if time else FROM_RUN,
             "source": f"{source}; time: {place}/time.json" if time else source,
         })  # fmt: skip
@@ -95,7 +95,7 @@ def _of_plain_runs(folder):
     points = []
     for file in sorted(folder.glob(METRICS)) or sorted(folder.glob(f"*/{METRICS}")):
         run, split = file.parents[2], file.parent.name
-        ap = measured.read_ap(file)
+        ap = measurements.read_ap(file)
         if ap is not None:
             points.append({
                 "method": run.name, "scale": "", "AP": 100 * ap, "run": run, "split": split, "milliseconds": None,
@@ -109,7 +109,7 @@ def detection_times(runs):
     calls = {}
     for run in runs:
         config = timing.without_threshold(load_config_of(RunFolder(run)))
-        detect = inference.compiled(load_run(run, config)[1])
+        detect = folding.compiled(load_run(run, config)[1])
         calls[run] = timing.call(detect, config.data.short_side, config.data.max_side)
     return timing.medians(calls)
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from retinanet_keras.config import load_config
 from retinanet_keras.errors import UserError
-from retinanet_keras.experiments import measured, paper
-from retinanet_keras.experiments.figures import curves, sheet
+from retinanet_keras.experiments import measurements, paper
+from retinanet_keras.experiments.figures import loss_curves, sheet
 
 GAMMAS = (1.0, 2.0, 4.0)
 BETAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -54,7 +54,7 @@ def states(folder):
         if len(found) > 1:
             raise UserError(f"{run} has been evaluated on several splits; leave one of {[str(f) for f in found]}")
         diverged = not found and any(run.glob("failed/*.npz"))
-        ap = (measured.read_ap(found[0]) or 0.0) if found else None
+        ap = (measurements.read_ap(found[0]) or 0.0) if found else None
         aps[name] = ap, diverged
     baseline = aps[BASELINE][0]
 
@@ -95,18 +95,18 @@ def _draw(known):
         "diverged": (sheet.BLACK, ":", 1.4), "not compared": (sheet.GREY, "-", 1.2), "not run": ("#bbbbbb", "-", 0.8),
     }  # fmt: skip
     figure, axes = sheet.panels(len(GAMMAS), (12.5, 4.3), sharey=True)
-    x_t = np.linspace(-curves.REACH, curves.REACH, 301)
-    focal = curves.value_and_slope(curves.focal_of(2.0), x_t)[0]
+    x_t = np.linspace(-loss_curves.REACH, loss_curves.REACH, 301)
+    focal = loss_curves.value_and_slope(loss_curves.focal_of(2.0), x_t)[0]
     ap = known[BASELINE][1]
     for axis, gamma in zip(axes, GAMMAS, strict=True):
-        axis.axvspan(0, curves.REACH, color="#f2f2f2", zorder=0)
+        axis.axvspan(0, loss_curves.REACH, color="#f2f2f2", zorder=0)
         axis.plot(x_t, focal, color=sheet.ORANGE, linewidth=1.2)
         for beta in BETAS:
             state, _ = known[f"g{gamma:g}_b{beta:g}"]
             color, dash, width = looks[state]
-            value = curves.value_and_slope(curves.star_of(gamma, beta), x_t)[0]
+            value = loss_curves.value_and_slope(loss_curves.star_of(gamma, beta), x_t)[0]
             axis.plot(x_t, value, color=color, linestyle=dash, linewidth=width)
-        axis.set(xlim=(-curves.REACH, curves.REACH), ylim=(0, 7.2), xlabel="x$_t$")
+        axis.set(xlim=(-loss_curves.REACH, loss_curves.REACH), ylim=(0, 7.2), xlabel="x$_t$")
         words = [f"β = {beta:g}: {_told(*known[f'g{gamma:g}_b{beta:g}'])}" for beta in BETAS]
         axis.text(0.98, 0.97, "\n".join(words), transform=axis.transAxes, ha="right", va="top", fontsize=8.5)
         axis.set_title(f"γ = {gamma:g}, β from {BETAS[0]:g} (top) to {BETAS[-1]:g}", loc="left", fontsize=10)

@@ -1,0 +1,170 @@
+"""Settings as dataclasses: fields with limits and sources, and trees of JSON that become them or say why not."""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import types
+import typing
+from dataclasses import field
+
+from retinanet_keras.errors import ConfigError
+from retinanet_keras.storage import strict_json
+from retinanet_keras.storage.printable import printable
+
+LONGEST = 60  # characters of a value or a key in a message
+
+
+def setting(default, source, doc, **limits):
+    """A dataclass field with its source, one line of documentation, and limits.
+
+    Limits: `choices` (a tuple), `at_least`, `above`, `at_most`, `below`; each holds for every element of a tuple.
+    """
+    return field(default=default, metadata={"source": source, "doc": doc, **limits})
+
+
+def describe(root):
+    """(key, default, documentation, source) of every setting of a dataclass and those in it, in order."""
+    rows = []
+
+    def walk(cls, prefix):
+        for item in dataclasses.fields(cls):
+            if item.default is dataclasses.MISSING:
+                walk(item.default_factory, f"{prefix}{item.name}.")
+            else:
+                default = json.dumps(item.default)
+                rows.append((prefix + item.name, default, item.metadata["doc"], item.metadata["source"]))
+
+    walk(root, "")
+    return rows
+
+
+def apply(root, tree, override):
+    """Set one `a.b=value` in a tree of dicts that is to become the dataclass `root`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set expects section.key=value, such as train.batch_size=4; got {show(override)}")
+    *sections, last = key.split(".")
+    kind = _kind_of(root, sections, last)
+    try:
+        value = strict_json.parse(text)
+    except strict_json.JsonError:
+        value = text
+    if kind is str and not isinstance(value, str):  # a folder may be called 2017
+        value = text
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {section} is no section in this file but {show(tree)}")
+    tree[last] = value
+
+
+def _kind_of(cls, sections, last):
+    """The annotated type at a key path, or None where there is no such key (validation will say so)."""
+    for section in sections:
+        cls = typing.get_type_hints(cls).get(section)
+        if not dataclasses.is_dataclass(cls):
+            return None
+    return typing.get_type_hints(cls).get(last)
+
+
+def build(root, tree):
+    """The dataclass `root` from a tree of dicts, names, types and limits checked.
+
+    Raises:
+        ConfigError: naming the key, what was expected, and the nearest valid key.
+    """
+    return _build(root, tree, "", root)
+
+
+def _build(cls, tree, path, root):
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.rstrip('.')}: expected a JSON object of settings, got {show(tree)}")
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if name not in known:
+            shown = printable(name, LONGEST)
+            raise ConfigError(f"unknown key {path}{shown}.{_nearest(path + shown, root)}")
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, f"{path}{name}.", root)
+        else:
+            values[name] = _convert(value, hints[name], known[name].metadata, path + name)
+    return cls(**values)
+
+
+def _nearest(key, root):
+    """A hint naming the valid key that looks most like this one, wherever its section is."""
+    keys = [row[0] for row in describe(root)]
+    sections = sorted({k.rsplit(".", 1)[0] for k in keys})
+    leaf = key.rsplit(".", 1)[-1]
+    elsewhere = [k for k in keys + sections if k.rsplit(".", 1)[-1] == leaf]  # the right name in another section
+    near = difflib.get_close_matches(key, elsewhere, 1, 0.0) or difflib.get_close_matches(key, keys + sections, 1, 0.5)
+    if not near:
+        by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        near = [by_leaf[n] for n in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
+    return (
+        f" Did you mean {near[0]}?" if near else f" The sections are {', '.join(s for s in sections if '.' not in s)}."
+    )
+
+
+def _convert(value, hint, limits, key):
+    """A JSON value as the annotated type, or a ConfigError."""
+    if typing.get_origin(hint) is tuple:
+        item, *rest = typing.get_args(hint)
+        count = None if Ellipsis in rest else 1 + len(rest)
+        if not isinstance(value, (list, tuple)) or (count or len(value)) != len(value) or not value:
+            expected = f"a list of {count}" if count else "a list of one or more"
+            raise ConfigError(f"{key}: expected {expected} {_type_name(item)} values, got {show(value)}")
+        return tuple(_convert(v, item, limits, f"{key}[{i}]") for i, v in enumerate(value))
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value) if abs(value) < sys.float_info.max else math.inf
+        if isinstance(value, option) and not (isinstance(value, bool) and bool not in options):
+            break
+    else:
+        raise ConfigError(f"{key}: expected {' or '.join(map(_type_name, options))}, got {show(value)}")
+    if value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: expected a finite number, got {value}")
+    if isinstance(value, str) and not _is_name(value):
+        raise ConfigError(f"{key}: expected text that a file's name may hold, got {show(value)}")
+    if "choices" in limits and value not in limits["choices"]:
+        near = difflib.get_close_matches(str(value), map(str, limits["choices"]), 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}: expected one of {', '.join(map(str, limits['choices']))}, got {show(value)}.{hint}")
+    for name, holds, words in (
+        ("at_least", lambda v, limit: v >= limit, "at least"),
+        ("above", lambda v, limit: v > limit, "a number above"),
+        ("at_most", lambda v, limit: v <= limit, "at most"),
+        ("below", lambda v, limit: v < limit, "a number below"),
+    ):
+        if name in limits and not holds(value, limits[name]):
+            raise ConfigError(f"{key}: expected {words} {limits[name]}, got {show(value)}")
+    return value
+
+
+def _is_name(text):
+    """Whether the system can be asked for a file of this name: no half of a character, no null."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _type_name(kind):
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}[kind]
+
+
+def show(value):
+    """A value as short JSON."""
+    try:
+        text = json.dumps(value, default=str)
+    except (RecursionError, ValueError):  # of many levels; whole numbers of more digits than Python writes
+        text = f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

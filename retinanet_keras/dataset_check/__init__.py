@@ -1,0 +1,1 @@
+"""Errors in a dataset, and boxes that no anchor covers."""

@@ -1,1 +1,0 @@
-"""Weights that other frameworks released, and the networks they belong to."""

@@ -1,1 +1,0 @@
-"""Evaluation and visualization: COCO metrics, pictures and curves."""

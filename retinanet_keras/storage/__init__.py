@@ -1,0 +1,1 @@
+"""Files that are whole whatever happens, locks, strict JSON, and strangers' text in messages."""

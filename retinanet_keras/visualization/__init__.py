@@ -1,0 +1,1 @@
+"""Boxes on pictures, training curves, plots, and tables of text."""
