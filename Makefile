@@ -56,6 +56,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 lock: .venv/installed
 	@echo "== Pinning the newest versions that requirements.txt allows"

@@ -8,7 +8,7 @@ runtime.set_up()
 
 __version__ = "0.1.0"
 
-_HOMES = {"RetinaNet": "model", "load_config": "config", "AnchorConfig": "config", "CocoMetrics": "training.metrics"}
+_HOMES = {"RetinaNet": "model", "load_config": "config", "AnchorConfig": "config", "CocoMetrics": "evaluation.callback"}
 __all__ = sorted(_HOMES)
 
 

@@ -10,8 +10,8 @@ import pytest
 from keras import ops
 
 from retinanet_keras import RetinaNet, checkpoints, detections
-from retinanet_keras.__main__ import main
 from retinanet_keras.anchors import anchor_boxes, level_sizes
+from retinanet_keras.cli.parser import main
 from retinanet_keras.errors import UserError
 
 pytestmark = pytest.mark.eager

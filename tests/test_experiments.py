@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from retinanet_keras import __main__ as command
+from retinanet_keras.cli import parser as command
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments import measurements, paper, results_page, runner, tables, timing

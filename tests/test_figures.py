@@ -13,9 +13,9 @@ import reference
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras import __main__ as command_line
 from retinanet_keras import objective, targets
 from retinanet_keras.anchors import STRIDES, anchor_boxes, grid
+from retinanet_keras.cli import parser as command_line
 from retinanet_keras.config import config_from_dict, load_config
 from retinanet_keras.data import canvas, dataset_formats, image_decoding
 from retinanet_keras.data.shapes import NAMES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from retinanet_keras import __main__ as command_line
+from retinanet_keras.cli import parser as command_line
 from retinanet_keras.config import Config, load_config
 from retinanet_keras.experiments import tables
 

@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from retinanet_keras import __main__ as command_line
 from retinanet_keras import runtime
 from retinanet_keras.cli import commands
+from retinanet_keras.cli import parser as command_line
 from retinanet_keras.data import dataset_formats
 from retinanet_keras.errors import DataError, RunError
 from retinanet_keras.evaluation import detect

@@ -39,7 +39,7 @@ def inference_batches(dataset, plan, config=None):
         original_size [B, 2]), in the order of the plan.
     """
     order = np.concatenate([*plan, np.zeros(0, np.int64)]).astype(np.int64)
-    batch = np.repeat(np.arange(len(plan)), [len(indices) for indices in plan])
+    batch: np.ndarray = np.repeat(np.arange(len(plan)), [len(indices) for indices in plan])
     counts = tf.constant([len(indices) for indices in plan], tf.int64)
     read = examples.example_reader(dataset)
 
