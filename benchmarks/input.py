@@ -48,7 +48,7 @@ LARGE = (3000, 4000)  # 12 megapixels
 
 
 def photograph(height, width, rng):
-    """A JPEG of smooth colours under noise, its bytes per pixel about those of a photograph at quality 90."""
+    """A JPEG of smooth colors under noise, its bytes per pixel about those of a photograph at quality 90."""
     coarse = Image.fromarray(rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype="uint8"))
     pixels = np.asarray(coarse.resize((width, height), Image.BICUBIC), "float32")
     pixels = pixels + rng.normal(0, 6, (height, width, 1)).astype("float32")

@@ -39,7 +39,7 @@ EQUAL = {"time": 1.0, "memory": 1.0}
 TORCH_SHIPPED = 0.80
 FLOOR = 1.15  # times the arithmetic of three forward passes
 
-# What is trained: all of KerasHub's against the paper's, and twice the same layers, batch normalisation frozen.
+# What is trained: all of KerasHub's against the paper's, and twice the same layers, batch normalization frozen.
 SHIPS, ALL, UPPER = "as each ships", "all layers, batch norm frozen", "stem and res2 frozen too"
 OURS, GRAPH, XLA, PRODUCTS = "ours", "KerasHub, graph", "KerasHub, XLA", "matrix products"
 TORCH = "torchvision"

@@ -28,13 +28,13 @@ def strides(config=AnchorConfig()):  # noqa: B008 (frozen)
 
 
 def cell_anchors(stride, config=AnchorConfig()):  # noqa: B008
-    """The anchors of one cell around its centre.
+    """The anchors of one cell around its center.
 
     Args:
         stride: of the level, in pixels.
 
     Returns:
-        float32 NumPy [A, 4], offsets x1, y1, x2, y2 from the centre in pixels, A = scales x ratios; on the last ResNet
+        float32 NumPy [A, 4], offsets x1, y1, x2, y2 from the center in pixels, A = scales x ratios; on the last ResNet
         layer five times that.
     """
     if config.levels == "last":

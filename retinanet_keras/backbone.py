@@ -1,7 +1,7 @@
 """The backbone: images to C3, C4 and C5, the last outputs of a ResNet's stages 3 to 5 (§4, Feature Pyramid Network).
 
 One ResNet, a functional Keras model, serves every use of its kind. Its layers are named `stem`, `res2_0_conv1` ...
-`res5_2_conv3`, the normalisation after a conv `..._norm`, the conv on the shortcut of a stage's first block
+`res5_2_conv3`, the normalization after a conv `..._norm`, the conv on the shortcut of a stage's first block
 `..._shortcut`. Other Keras models become backbones by `of_keras_model`.
 """
 
@@ -21,11 +21,11 @@ DEPTHS = {
 GROUPS = 32  # of ResNeXt's 3x3 convs
 STRIDES = {"c3": 8, "c4": 16, "c5": 32}
 
-# Pixels are normalised as (RGB - MEAN) / STD. MEAN is that of the MSRA weights the paper starts from; they expect no
+# Pixels are normalized as (RGB - MEAN) / STD. MEAN is that of the MSRA weights the paper starts from; they expect no
 # division, which `load_imagenet` folds into the stem.
 MEAN = (123.68, 116.779, 103.939)
 STD = (58.395, 57.12, 57.375)
-EPSILON = 1.001e-5  # of batch normalisation: that of the MSRA weights as Keras carries them
+EPSILON = 1.001e-5  # of batch normalization: that of the MSRA weights as Keras carries them
 
 
 def resnet(name="resnet50", *, width=64, norm="group", stride_in=None, epsilon=EPSILON):
@@ -35,14 +35,14 @@ def resnet(name="resnet50", *, width=64, norm="group", stride_in=None, epsilon=E
         name: "resnet18", "resnet50", "resnet101", "resnet152" or "resnext101_32x8d".
         width: channels of the stem; stage s has width * 2^(s-2) in its 3x3 convs, four times that at its output
             (resnet18: no such factor; resnext: four times that in both).
-        norm: "frozen", batch normalisation that keeps its statistics, scales and shifts; "batch", trained;
-            "group", group normalisation.
+        norm: "frozen", batch normalization that keeps its statistics, scales and shifts; "batch", trained;
+            "group", group normalization.
         stride_in: "1x1" or "3x3", the conv of a stage's first block that has the stride (resnet18: always its first);
             None: "1x1" as in the MSRA models, for resnext "3x3".
-        epsilon: of batch normalisation.
+        epsilon: of batch normalization.
 
     Returns:
-        a functional keras.Model from normalised images [B, H, W, 3], H and W multiples of 32, to a dict of
+        a functional keras.Model from normalized images [B, H, W, 3], H and W multiples of 32, to a dict of
         c3 [B, H/8, W/8, .], c4 [B, H/16, W/16, .] and c5 [B, H/32, W/32, .].
     """
     if name not in DEPTHS:
@@ -138,7 +138,7 @@ def _basic_block(conv, x, channels, stride, first, name):
 
 
 def _conv_norm(x, channels, size, stride, name, *, norm, epsilon, groups=1):
-    """A convolution without bias, padded alike on all sides, and its normalisation.
+    """A convolution without bias, padded alike on all sides, and its normalization.
 
     TensorFlow's "same" pads a strided convolution at the right and bottom only, one pixel off from what released
     weights were trained with.
@@ -230,7 +230,7 @@ def split_groups(backbone):
 
 @keras.saving.register_keras_serializable("retinanet_keras")
 class BatchNorm(layers.BatchNormalization):
-    """Keras's batch normalisation over the last axis, by TensorFlow's fused kernel in training.
+    """Keras's batch normalization over the last axis, by TensorFlow's fused kernel in training.
 
     The same values from one pass where Keras makes several: six times as fast on a CPU.
     """

@@ -1,6 +1,6 @@
 """Boxes: float32 absolute pixels `x1, y1, x2, y2` in continuous coordinates, and the deltas of §4.
 
-Deltas are R-CNN's parametrisation of a box relative to an anchor: `dx, dy` the shift of the centre in anchor widths
+Deltas are R-CNN's parametrization of a box relative to an anchor: `dx, dy` the shift of the center in anchor widths
 and heights, `dw, dh` the logarithm of the ratio of the sides.
 """
 
@@ -72,9 +72,9 @@ def encode(anchors, boxes):
     Returns:
         float32 deltas dx, dy, dw, dh, [..., A, 4].
     """
-    anchor_centre, anchor_size = _centre_size(_float32(anchors))
-    centre, size = _centre_size(_float32(boxes))
-    return ops.concatenate([(centre - anchor_centre) / anchor_size, ops.log(size / anchor_size)], axis=-1)
+    anchor_center, anchor_size = _center_size(_float32(anchors))
+    center, size = _center_size(_float32(boxes))
+    return ops.concatenate([(center - anchor_center) / anchor_size, ops.log(size / anchor_size)], axis=-1)
 
 
 def decode(anchors, deltas):
@@ -87,15 +87,15 @@ def decode(anchors, deltas):
     Returns:
         float32 boxes [..., A, 4], not clipped to any image.
     """
-    anchor_centre, anchor_size = _centre_size(_float32(anchors))
+    anchor_center, anchor_size = _center_size(_float32(anchors))
     deltas = _float32(deltas)
-    centre = anchor_centre + deltas[..., :2] * anchor_size
+    center = anchor_center + deltas[..., :2] * anchor_size
     half = 0.5 * anchor_size * ops.exp(ops.minimum(deltas[..., 2:], MAX_LOG_RATIO))
-    return ops.concatenate([centre - half, centre + half], axis=-1)
+    return ops.concatenate([center - half, center + half], axis=-1)
 
 
-def _centre_size(boxes):
-    """Centres and sides, [..., 2] each, x before y."""
+def _center_size(boxes):
+    """Centers and sides, [..., 2] each, x before y."""
     size = boxes[..., 2:] - boxes[..., :2]
     return boxes[..., :2] + 0.5 * size, size
 

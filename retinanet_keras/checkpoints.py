@@ -3,7 +3,7 @@
 Detectron's `.pkl` (the authors' own), Detectron2's `.pkl` and `.pth`, torchvision's `.pth` (both versions), and the
 same names in an `.npz`. What weights can express goes into the weights: BGR order and the division of pixels, the order
 of anchors in a cell, 80 of torchvision's 91 classes. The rest are settings of the model: the pixels' mean, the anchors'
-rounding and offset, where a stage has its stride, the epsilon, P6's source, normalisation in the subnets, thresholds
+rounding and offset, where a stage has its stride, the epsilon, P6's source, normalization in the subnets, thresholds
 and clipping.
 
 Boxes of the model are continuous here as everywhere: Detectron's x2, the last pixel of a box, is one less.
@@ -20,13 +20,13 @@ from retinanet_keras.weights import imagenet, layouts, reader
 
 BACKBONES = {blocks: name for name, blocks in backbone.DEPTHS.items() if name not in ("resnet18", "resnext101_32x8d")}
 PER_CELL = 9  # anchors of all three frameworks
-COUNTER = ".num_batches_tracked"  # of PyTorch's batch normalisation; not used in inference
+COUNTER = ".num_batches_tracked"  # of PyTorch's batch normalization; not used in inference
 
 
 def load(path, categories=None):
     """A RetinaNet from a released file, built as the file's own framework builds it.
 
-    The model is for inference or further training; its backbone's batch normalisation, stem and res2 are frozen.
+    The model is for inference or further training; its backbone's batch normalization, stem and res2 are frozen.
 
     Args:
         path: of the file.
@@ -63,7 +63,7 @@ def _retinanet_of(path, weights, categories):
         categories = [{"label": i, "id": id_, "name": name} for i, (id_, name) in enumerate(named.items())]
     width = source.side(names["stem"][0] + kernel, 0, 64)
     channels = source.side(names["lateral5"][0] + kernel, 0, 256)
-    # Batch normalisation that is scale and shift alone has no epsilon of its own.
+    # Batch normalization that is scale and shift alone has no epsilon of its own.
     epsilon = source.epsilon if len(layout.norm) == 4 else backbone.EPSILON
     model = RetinaNet(
         len(kept) if kept else classes, source.backbone_name(blocks, names), width=width, fpn_channels=channels,
@@ -83,7 +83,7 @@ def _retinanet_of(path, weights, categories):
 def load_backbone(path):
     """A ResNet from one of Detectron's ImageNet files.
 
-    Detectron2's copies of them, with the statistics of batch normalisation, are read, too.
+    Detectron2's copies of them, with the statistics of batch normalization, are read, too.
 
     Returns:
         (a `backbone.resnet`, the pixel mean, RGB, that it expects).
@@ -184,7 +184,7 @@ class _Source:
 
     @property
     def epsilon(self):
-        """Of batch normalisation."""
+        """Of batch normalization."""
         # torchvision sets that of its first released weights, whose statistics are frozen, to 0.
         frozen = not any(name.endswith(COUNTER) for name in self.weights)
         return 0.0 if self.layout is layouts.TORCHVISION and frozen else self.layout.norm_epsilon
@@ -222,7 +222,7 @@ class _Source:
 
 
 def _fill_backbone(model, source, names):
-    """Kernels and batch normalisation of every convolution of a `backbone.resnet`."""
+    """Kernels and batch normalization of every convolution of a `backbone.resnet`."""
     for part, (conv, norm) in names.items():
         if part != "stem" and not part.startswith("res"):
             continue

@@ -34,7 +34,7 @@ class AnchorConfig:
     scales: int = setting(3, "§4: sizes 2^0, 2^(1/3), 2^(2/3)", "scales 2^(k/scales) per octave", at_least=1)
     ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), "§4: ratios 1:2, 1:1, 2:1", "height over width", above=0)
     offset: float = setting(
-        0.5, DETECTRON, "where in its cell an anchor's centre is, in strides; 0 for Detectron2 and torchvision",
+        0.5, DETECTRON, "where in its cell an anchor's center is, in strides; 0 for Detectron2 and torchvision",
         at_least=0, at_most=1,
     )  # fmt: skip
     levels: str = setting(
@@ -133,7 +133,7 @@ class ModelConfig:
     )
     width: int = setting(64, "ResNet paper", "channels of the backbone's stem; others follow", at_least=8)
     norm: str = setting(
-        "frozen", DETECTRON, "normalisation in the backbone: batch statistics frozen or trained, or groups",
+        "frozen", DETECTRON, "normalization in the backbone: batch statistics frozen or trained, or groups",
         choices=("frozen", "batch", "group"),
     )  # fmt: skip
     pixel_mean: tuple[float, float, float] = setting(
@@ -227,7 +227,7 @@ class TrainConfig:
         "float32", OURS, "of convolutions; losses, targets and weights are float32 always",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
     )  # fmt: skip
-    seed: int = setting(0, OURS, "of initialisation, order and augmentation", at_least=0, at_most=2**32 - 1)
+    seed: int = setting(0, OURS, "of initialization, order and augmentation", at_least=0, at_most=2**32 - 1)
     checkpoint_every: int = setting(1000, OURS, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = setting(3, OURS, "newest checkpoints kept", at_least=1)
     log_every: int = setting(20, OURS, "steps averaged in one row of log.csv", at_least=1)

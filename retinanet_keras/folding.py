@@ -1,6 +1,6 @@
 """A RetinaNet's detection as TensorFlow's graph optimizer likes it: the same values as `RetinaNet.detect`, sooner.
 
-- Batch normalisation is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
+- Batch normalization is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
   conv, its bias and the ReLU after it then are one kernel.
 - The kernels of most of the work are constants, which oneDNN lays out once for its own use. By variables it convolves
   a single image in another way, which without AVX-512 takes up to three times as long. The late ones, with many weights
@@ -60,7 +60,7 @@ def halves(model, precision=None):
     multiple = settings.pop("pad_multiple")
 
     def network(images, sizes):
-        x = model.normalise(images, multiple, tf.cast(sizes, tf.float32))
+        x = model.normalize(images, multiple, tf.cast(sizes, tf.float32))
         levels = pyramid(backbone(tf.cast(x, dtype)))
         return {"logits": class_subnet(levels), "deltas": box_subnet(levels)}
 
@@ -83,7 +83,7 @@ def compiled(model, precision=None):
 
 
 def _backbone(model, dtype):
-    """Normalised images [B, H, W, 3] -> dict of c3, c4 and c5."""
+    """Normalized images [B, H, W, 3] -> dict of c3, c4 and c5."""
     net = model.backbone
     if not model.own_backbone:
         return lambda x: {name: tf.cast(c, dtype) for name, c in net(x, training=False).items()}
@@ -105,7 +105,7 @@ def _backbone(model, dtype):
             return inputs[0] + inputs[1]
         if isinstance(layer, keras.layers.MaxPooling2D):
             return tf.nn.max_pool2d(inputs[0], layer.pool_size, layer.strides, _explicit(layer.pool_size[0]))
-        return tf.cast(layer(*inputs), dtype)  # group normalisation, the striding of thin layers
+        return tf.cast(layer(*inputs), dtype)  # group normalization, the striding of thin layers
 
     def forward(x):
         values = {id(net.input): x}
@@ -156,7 +156,7 @@ def _subnet(subnet, dtype):
 
 
 class _Conv:
-    """A conv with weights of its own, the batch normalisation after it folded in."""
+    """A conv with weights of its own, the batch normalization after it folded in."""
 
     def __init__(self, layer, dtype, norm=None, constant=False):
         kernel = layer.kernel.numpy().astype("float64")

@@ -1,7 +1,7 @@
 """§3, the focal loss and its family, on logits, element by element; and smooth L1 of the box subnet.
 
 With y = +1 or -1 the class, x the logit, p_t the probability of the true class, x_t = y * x, so p_t = sigmoid(x_t)
-(Appendix A). Functions return unreduced values: reduction and normalisation happen once, where the step is. Each has
+(Appendix A). Functions return unreduced values: reduction and normalization happen once, where the step is. Each has
 the derivative of Appendix B in closed form, so that nothing but logits and targets is kept for the backward pass, and
 is finite in value and derivative wherever the logit is. The classes at the end are the same losses as
 `keras.losses.Loss` objects, for any Keras model.

@@ -19,7 +19,7 @@ from retinanet_keras.pyramid import FeaturePyramid, LastLayer
 from retinanet_keras.subnets import Subnet
 from retinanet_keras.weights import imagenet, keras_files
 
-PAD_COLOR = tuple(round(mean) for mean in backbones.MEAN)  # RGB; about zero after normalisation
+PAD_COLOR = tuple(round(mean) for mean in backbones.MEAN)  # RGB; about zero after normalization
 SIZE_MULTIPLE = 32  # C5's stride: every level divides evenly
 
 
@@ -41,7 +41,7 @@ class RetinaNet(keras.Model):
         head_depth: convs in a subnet before its last.
         prior: initial foreground probability of every anchor, pi of §4.1.
         norm: in the ResNet, "frozen", "batch" or "group"; None: "frozen" with pre-trained weights, else "group", as
-            frozen batch normalisation cannot be trained from random weights.
+            frozen batch normalization cannot be trained from random weights.
         width: channels of the ResNet's stem.
         freeze_at: ResNet stages not trained; None: 2 (the stem and res2) with pre-trained weights, else 0.
         stride_in, norm_epsilon: of the ResNet, see `backbone.resnet`.
@@ -114,7 +114,7 @@ class RetinaNet(keras.Model):
         self.built = True
 
     def call(self, images, training=False):
-        return self._forward(self.normalise(images), training)
+        return self._forward(self.normalize(images), training)
 
     def _forward(self, x, training):
         levels = self.pyramid(self.backbone(ops.cast(x, self.compute_dtype), training=training))
@@ -128,7 +128,7 @@ class RetinaNet(keras.Model):
     ):  # fmt: skip
         """Configure training. Under several replicas the step is that of one device with the same global batch.
 
-        Batch normalisation that is trained has statistics of its own on each: `fit` refuses it there.
+        Batch normalization that is trained has statistics of its own on each: `fit` refuses it there.
 
         Args:
             optimizer: any Keras optimizer, or its name.
@@ -138,7 +138,7 @@ class RetinaNet(keras.Model):
             normalizer: "image", each image's loss is divided by its own number of positive anchors (§4.1), then
                 averaged; "minibatch", the sum is divided by the sum of positives + 1, counted as Detectron does.
             mining: a MiningConfig, or a dict of one: the classification loss is of each image's hardest anchors only
-                (§5.1); the box loss and the normaliser stay those of all. None: of all anchors.
+                (§5.1); the box loss and the normalizer stay those of all. None: of all anchors.
             jit_compile: XLA for forward, loss and gradients; "auto": where there is a GPU.
             check_finite: stop a step whose loss or gradient is not finite before it changes anything, with
                 TensorFlow's InvalidArgumentError; there only.
@@ -313,7 +313,7 @@ class RetinaNet(keras.Model):
 
     def outputs_in_graph(self, images, sizes):
         """The first half of `detect_in_graph`: logits and deltas, with nothing beyond an image's size."""
-        pixels = self.normalise(images, self.detection.pad_multiple, ops.cast(sizes, "float32"))
+        pixels = self.normalize(images, self.detection.pad_multiple, ops.cast(sizes, "float32"))
         return self._forward(pixels, False)
 
     def decode_in_graph(self, outputs, images, sizes):
@@ -325,7 +325,7 @@ class RetinaNet(keras.Model):
             outputs["logits"], outputs["deltas"], anchors, per_level, sizes[:, 0], sizes[:, 1], **settings
         )
 
-    def normalise(self, images, multiple=SIZE_MULTIPLE, sizes=None):
+    def normalize(self, images, multiple=SIZE_MULTIPLE, sizes=None):
         """Pixels to network input: (RGB - mean) / std, padded with 0 at the right and the bottom.
 
         Args:

@@ -12,7 +12,7 @@ def loss_terms(
     outputs, gt_boxes, gt_labels, anchors, *, target_config, classification_loss, box_loss, normalizer="image",
     mining_config=None, image_weights=None,
 ):  # fmt: skip
-    """The unnormalised losses of a batch, and what to divide them by.
+    """The unnormalized losses of a batch, and what to divide them by.
 
     Args:
         outputs: dict of logits [B, A, K] and deltas [B, A, 4].

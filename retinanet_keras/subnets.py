@@ -12,7 +12,7 @@ class Subnet(layers.Layer):
 
     All convs start from a Gaussian of sigma .01; their bias from 0, or, where `prior` is given, that of the last from
     -log((1 - prior) / prior), so that every anchor starts as foreground with that probability (§4.1, Initialization).
-    `norm`: None as the paper's, or "group", group normalisation in place of the tower's biases (torchvision's second).
+    `norm`: None as the paper's, or "group", group normalization in place of the tower's biases (torchvision's second).
 
     Call: list of levels [B, H_l, W_l, C] -> float32 [B, A, values], A = sum of H_l x W_l x per_cell in the anchors'
     order.

@@ -34,13 +34,13 @@ def gradient_function(model, jit):
         each trainable variable, divided by the divisor on one replica, by the images of all replicas on several.
 
     Raises:
-        ValueError: where batch normalisation would be trained on several replicas, naming a layer and what to use.
+        ValueError: where batch normalization would be trained on several replicas, naming a layer and what to use.
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     trained = _trained_batch_norm(model)
     if replicas > 1 and trained:
         raise ValueError(
-            f"norm: batch normalisation is trained in {len(trained)} layers ({trained[0].name}, ...), and on "
+            f"norm: batch normalization is trained in {len(trained)} layers ({trained[0].name}, ...), and on "
             f'{replicas} replicas each would have statistics of its own. Use norm="group" for training from random '
             'weights, or "frozen" with pre-trained ones'
         )
@@ -67,7 +67,7 @@ def gradient_function(model, jit):
 
 
 def moving_statistics(model):
-    """[(variable, its value now), ...] of all batch normalisation that is trained: it moves within the forward pass."""
+    """[(variable, its value now), ...] of all batch normalization that is trained: it moves within the forward pass."""
     variables = [v for layer in _trained_batch_norm(model) for v in (layer.moving_mean, layer.moving_variance)]
     return [(variable, tf.identity(variable.value)) for variable in variables]
 

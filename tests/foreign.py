@@ -64,7 +64,7 @@ def detectron_imagenet(depth="R50", seed=0, classifier="fc1000", statistics=Fals
     """The blobs of an ImageNet backbone.
 
     classifier: name of the last layer, "fc1000" (converted from Caffe), "pred" (trained in Caffe2) or None.
-    statistics: batch normalisation with mean and variance, as in the copies that Detectron2 offers.
+    statistics: batch normalization with mean and variance, as in the copies that Detectron2 offers.
     """
     rng = np.random.default_rng(seed)
     weights = {}
@@ -175,8 +175,8 @@ def _random_file(kind, depth, num_classes, seed):
     def conv(name, shape, role, bias=True):
         weights[_key(kind, name, "weight")] = _kernel(kind, rng, shape, role)
         if bias:
-            centre, spread = {"class": (-4.0, 0.5)}.get(role, (0.0, 0.1))
-            weights[_key(kind, name, "bias")] = (centre + spread * rng.standard_normal(shape[0])).astype("float32")
+            center, spread = {"class": (-4.0, 0.5)}.get(role, (0.0, 0.1))
+            weights[_key(kind, name, "bias")] = (center + spread * rng.standard_normal(shape[0])).astype("float32")
 
     for name, norm, shape, role in _backbone_layers(kind, depth):
         conv(name, shape, role, bias=False)
@@ -235,7 +235,7 @@ def _norm(rng, channels, role):
 
 
 def _affine(scale, shift, mean, variance, epsilon):
-    """The factor and summand that batch normalisation comes to, float32."""
+    """The factor and summand that batch normalization comes to, float32."""
     factor = scale.astype("float64") / np.sqrt(variance.astype("float64") + epsilon)
     return factor.astype("float32"), (shift - mean * factor).astype("float32")
 
@@ -262,7 +262,7 @@ def backbone(kind, weights, images):
     def layer(x, names, stride=1):
         return _affine_channels(kind, weights, _conv(kind, weights, x, names[0], stride, bias=False), names[1])
 
-    x = tf.nn.relu(layer(_normalise(kind, images), _stem(kind), stride=2))
+    x = tf.nn.relu(layer(_normalize(kind, images), _stem(kind), stride=2))
     x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=-np.inf)
     x = tf.nn.max_pool2d(x, 3, 2, "VALID")
     features = []
@@ -291,7 +291,7 @@ def _subnet(kind, weights, levels, which):
     return np.concatenate(out, axis=1)
 
 
-def _normalise(kind, images):
+def _normalize(kind, images):
     x = np.asarray(images, "float32")
     if kind == "detectron":
         return tf.constant(x[..., ::-1] - np.array(DETECTRON_MEAN, "float32"))
@@ -390,8 +390,8 @@ def _cell_anchors(kind, stride):
                 height = np.round(width * ratio)
                 scale = 4 * stride * 2 ** (k / 3) / stride
                 sides = np.array([width * scale, height * scale])
-                centre = 0.5 * (stride - 1)
-                low, high = centre - 0.5 * (sides - 1), centre + 0.5 * (sides - 1)  # both pixels inside the box
+                center = 0.5 * (stride - 1)
+                low, high = center - 0.5 * (sides - 1), center + 0.5 * (sides - 1)  # both pixels inside the box
                 cell.append([*low, *(high + 1)])
         return np.array(cell)
     if kind == "detectron2":
@@ -441,9 +441,9 @@ def detections(kind, logits, deltas, anchors, level_sizes, height, width):
 
 def _decode(anchors, deltas):
     sides = anchors[:, 2:] - anchors[:, :2]
-    centres = anchors[:, :2] + sides / 2 + deltas[:, :2] * sides
+    centers = anchors[:, :2] + sides / 2 + deltas[:, :2] * sides
     sides = sides * np.exp(np.minimum(deltas[:, 2:], np.log(1000 / 16)))
-    return np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
+    return np.concatenate([centers - sides / 2, centers + sides / 2], axis=1)
 
 
 def _clip(kind, boxes, height, width):

@@ -57,9 +57,9 @@ def entries(ids, prefix="", empty=(42, 785), crowded=(30, 632)):
     return images, annotations
 
 
-def tree(ids, *, labelled=True, prefix=""):
+def tree(ids, *, labeled=True, prefix=""):
     images, annotations = entries(ids, prefix)
-    return {"images": images, **({"annotations": annotations} if labelled else {}), "categories": CATEGORIES}
+    return {"images": images, **({"annotations": annotations} if labeled else {}), "categories": CATEGORIES}
 
 
 def write_files(root, files):
@@ -82,7 +82,7 @@ def layout_2017(root):
     write_files(root, {**jpegs("train2017", TRAIN), **jpegs("val2017", VAL), **jpegs("test2017", TEST)})
     write_files(root, as_json(**{
         "instances_train2017": tree(TRAIN), "instances_val2017": tree(VAL),
-        "image_info_test-dev2017": tree(TEST_DEV, labelled=False),
+        "image_info_test-dev2017": tree(TEST_DEV, labeled=False),
     }))  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def archives(root):
     """COCO's zip files of 2017, as the server has them."""
     trees = as_json(instances_train2017=tree(TRAIN), instances_val2017=tree(VAL))
     infos = as_json(**{
-        "image_info_test2017": tree(TEST, labelled=False), "image_info_test-dev2017": tree(TEST_DEV, labelled=False)
+        "image_info_test2017": tree(TEST, labeled=False), "image_info_test-dev2017": tree(TEST_DEV, labeled=False)
     })  # fmt: skip
     write_archives(root, {
         "train2017": jpegs("train2017", TRAIN), "val2017": jpegs("val2017", VAL), "test2017": jpegs("test2017", TEST),
@@ -111,7 +111,7 @@ def archives_2014(root):
     """COCO's zip files of 2014, with the images of `layout_2014`."""
     splits = {"train2014": TRAIN[3:], "val2014": (*VAL, *TRAIN[:3]), "test2014": TEST[:1], "test2015": TEST[1:]}
     prefixes = {name: f"COCO_{name}_" for name in splits}
-    trees = {name: tree(ids, labelled=name[:4] != "test", prefix=prefixes[name]) for name, ids in splits.items()}
+    trees = {name: tree(ids, labeled=name[:4] != "test", prefix=prefixes[name]) for name, ids in splits.items()}
     write_archives(root, {
         **{name: jpegs(name, ids, prefixes[name]) for name, ids in splits.items()},
         "annotations_trainval2014": as_json(**{f"instances_{n}": trees[n] for n in ("train2014", "val2014")}),

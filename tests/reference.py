@@ -79,7 +79,7 @@ def assign(anchors, boxes, labels, low_quality, positive=0.5, negative=0.4):
 
 
 def assigned(anchors, boxes, labels, positive=0.5):
-    """Detectron's count for its normaliser: best anchors of a box count even under the lower threshold."""
+    """Detectron's count for its normalizer: best anchors of a box count even under the lower threshold."""
     boxes = np.asarray(boxes, "float64").reshape(-1, 4)[np.asarray(labels).reshape(-1) >= 0]
     if len(boxes) == 0:
         return 0

@@ -112,15 +112,15 @@ def test_other_scales_and_ratios():
 
 
 def test_the_last_layer_has_the_anchors_of_all_levels_at_its_positions():
-    """The shapes of P3 to P7, each around the centres of C5's cells."""
+    """The shapes of P3 to P7, each around the centers of C5's cells."""
     config = AnchorConfig(levels="last")
     anchors = all_anchors(70, 96, config)
     assert config.per_cell == 45
     assert level_sizes(70, 96, config) == [len(anchors)] == [45 * 3 * 3]
     cells = anchors.reshape(3, 3, 45, 4)
-    centres = (cells[..., :2] + cells[..., 2:]) / 2
+    centers = (cells[..., :2] + cells[..., 2:]) / 2
     rows, columns = np.mgrid[:3, :3] * 32 + 16
-    np.testing.assert_allclose(centres, np.stack([columns, rows], -1)[:, :, None].repeat(45, 2), atol=1e-3)
+    np.testing.assert_allclose(centers, np.stack([columns, rows], -1)[:, :, None].repeat(45, 2), atol=1e-3)
     shapes = np.concatenate([cell_anchors(stride) for stride in STRIDES])
     np.testing.assert_allclose(cells[1, 2] - [80, 48, 80, 48], shapes, atol=1e-3)
 

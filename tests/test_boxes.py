@@ -96,8 +96,8 @@ def test_clip_to_a_size_for_each_image():
 
 
 def test_encode_by_hand():
-    anchor = np.float32([[10, 20, 30, 60]])  # centre 20, 40; 20 wide, 40 high
-    box = np.float32([[20, 10, 60, 50]])  # centre 40, 30; 40 wide, 40 high
+    anchor = np.float32([[10, 20, 30, 60]])  # center 20, 40; 20 wide, 40 high
+    box = np.float32([[20, 10, 60, 50]])  # center 40, 30; 40 wide, 40 high
     np.testing.assert_allclose(boxes.encode(anchor, box), [[1.0, -0.25, math.log(2), 0]], rtol=1e-6)
     np.testing.assert_array_equal(boxes.encode(anchor, anchor), [[0, 0, 0, 0]])
 

@@ -117,7 +117,7 @@ def test_post_processing_is_the_frameworks(name):
     indirect=True,
 )
 def test_detections_are_the_frameworks(released):
-    """From pixels to boxes, padded as the framework pads, whatever colour the padding given has."""
+    """From pixels to boxes, padded as the framework pads, whatever color the padding given has."""
     kind, weights, model = released
     height, width, multiple = 150, 201, PADDING[kind]
     image = np.random.default_rng(2).integers(0, 256, (height, width, 3)).astype("float32")

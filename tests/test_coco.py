@@ -258,7 +258,7 @@ def test_whole_numbers_written_as_floats_are_taken(load):
     assert load(content).boxes_of(2).shape == (2, 4)
 
 
-def test_missing_annotation_file_names_its_neighbours(tmp_path):
+def test_missing_annotation_file_names_its_neighbors(tmp_path):
     (tmp_path / "instances_train2017.json").write_text("{}")
     with pytest.raises(DataError, match="instances_train2017.json"):
         coco.load(tmp_path / "instances_train.json", tmp_path)

@@ -181,15 +181,15 @@ def test_detect_reads_every_kind_of_image_and_goes_on_past_broken_ones(run_copy,
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), "uint8")
-    colour = Image.fromarray(pixels)
-    colour.save(folder / "rgb.jpg")
-    colour.convert("L").save(folder / "grey.jpg")
-    colour.convert("CMYK").save(folder / "cmyk.jpg")
-    colour.convert("P").save(folder / "palette.png")
-    colour.convert("RGBA").save(folder / "alpha.png")
+    color = Image.fromarray(pixels)
+    color.save(folder / "rgb.jpg")
+    color.convert("L").save(folder / "gray.jpg")
+    color.convert("CMYK").save(folder / "cmyk.jpg")
+    color.convert("P").save(folder / "palette.png")
+    color.convert("RGBA").save(folder / "alpha.png")
     Image.fromarray(pixels[..., 0].astype("uint16") * 257).save(folder / "sixteen.png")
-    colour.resize((1, 1)).save(folder / "one_pixel.png")
-    colour.resize((600, 20)).save(folder / "sub/long.webp")
+    color.resize((1, 1)).save(folder / "one_pixel.png")
+    color.resize((600, 20)).save(folder / "sub/long.webp")
     (folder / "truncated.jpg").write_bytes((folder / "rgb.jpg").read_bytes()[:700])
     (folder / "text.png").write_text("no image")
     (folder / "ignored.txt").write_text("not even named like one")
@@ -202,7 +202,7 @@ def test_detect_reads_every_kind_of_image_and_goes_on_past_broken_ones(run_copy,
         drawn = {str(path.relative_to(to)) for path in to.rglob("*.png")}
         names = [
             "rgb.jpg",
-            "grey.jpg",
+            "gray.jpg",
             "cmyk.jpg",
             "palette.png",
             "alpha.png",

@@ -9,16 +9,16 @@ from PIL import Image
 from retinanet_keras.visualization import draw
 
 NAMES = ("cat", "dog", "a class with a very long name indeed")
-GREY = 128
+GRAY = 128
 
 
 def blank(height=240, width=320):
-    return np.full((height, width, 3), GREY, np.uint8)
+    return np.full((height, width, 3), GRAY, np.uint8)
 
 
 def changed(picture):
-    """bool [H, W]: where a grey image was drawn on."""
-    return (picture != GREY).any(axis=-1)
+    """bool [H, W]: where a gray image was drawn on."""
+    return (picture != GRAY).any(axis=-1)
 
 
 def test_box_lies_on_its_own_pixels():
@@ -30,12 +30,12 @@ def test_box_lies_on_its_own_pixels():
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
-def test_edges_have_the_colour_of_the_class(width):
+def test_edges_have_the_color_of_the_class(width):
     picture = draw.draw_boxes(blank(), [[40, 50, 140, 150], [200, 50, 300, 150]], [0, 1], NAMES, width=width)
     for left, label in ((40, 0), (200, 1)):
         for y, x in ((100, left), (100, left + 99), (149, left + 50)):
             assert tuple(picture[y, x]) == draw.color(label)
-    assert (picture[70:140, 50:130] == GREY).all()
+    assert (picture[70:140, 50:130] == GRAY).all()
 
 
 def test_lines_grow_with_the_image():
@@ -44,7 +44,7 @@ def test_lines_grow_with_the_image():
     assert small[50].sum() == 2 and large[1000].sum() > 8
 
 
-def test_colours_are_distinct_and_fixed():
+def test_colors_are_distinct_and_fixed():
     colors = [draw.color(label) for label in range(90)]
     assert len(set(colors)) == 90
     assert colors == [draw.color(np.int64(label)) for label in range(90)]
@@ -71,7 +71,7 @@ def test_tag_is_legible_and_stays_inside(box, tags):
     assert 0 <= x1 < x2 <= 320 and 0 <= y1 < y2 <= 240
     assert tuple(picture[y1, x1]) == tuple(picture[y2 - 1, x2 - 1]) == draw.color(2)
     ink = np.abs(picture[y1:y2, x1:x2].astype(int) - draw.color(2)).sum(-1) > 200
-    assert 0.03 < ink.mean() < 0.6  # text, in another colour
+    assert 0.03 < ink.mean() < 0.6  # text, in another color
 
 
 def test_tags_avoid_each_other(tags):
@@ -106,7 +106,7 @@ def test_a_tiny_image_has_no_tags(tags):
     assert changed(draw.draw_boxes(blank(32, 32), [[5, 5, 20, 20]], [0], NAMES, [0.5])).any() and not tags
 
 
-def test_text_is_readable_on_every_colour():
+def test_text_is_readable_on_every_color():
     for label in range(90):
         back, text = (np.mean(c) for c in (draw.color(label), draw._readable_on(draw.color(label))))
         assert abs(back - text) > 60
@@ -121,7 +121,7 @@ def test_input_is_left_alone():
     image = blank()
     image.flags.writeable = False
     picture = draw.draw_boxes(image, [[10, 10, 50, 50]], [0], NAMES)
-    assert (image == GREY).all() and picture.flags.writeable and changed(picture).any()
+    assert (image == GRAY).all() and picture.flags.writeable and changed(picture).any()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_input_is_left_alone():
     ],
 )
 def test_nothing_to_draw(boxes, labels, scores):
-    assert (draw.draw_boxes(blank(), boxes, labels, NAMES, scores) == GREY).all()
+    assert (draw.draw_boxes(blank(), boxes, labels, NAMES, scores) == GRAY).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (32, 32), (5, 300), (300, 5), (3000, 4000)])
@@ -179,7 +179,7 @@ def test_side_by_side_shows_truth_left_and_confident_detections_right():
 
 def test_side_by_side_without_truth_is_one_panel():
     sheet = draw.side_by_side(blank(), None, (np.zeros((0, 4)), [], []), NAMES)
-    assert sheet.shape[1] == 320 and (sheet[-240:] == GREY).all()
+    assert sheet.shape[1] == 320 and (sheet[-240:] == GRAY).all()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_side_by_side_scales_boxes_with_the_image(size, panel):
     sheet = draw.side_by_side(blank(*size), (half, [0]), (half, [0.5], [0]), NAMES)
     left = sheet[-panel[0] :, : panel[1]]
     assert sheet.shape[1] > 2 * panel[1]
-    assert tuple(left[-1, panel[1] // 2 - 1]) == draw.color(0) and tuple(left[-1, -1]) == (GREY,) * 3
+    assert tuple(left[-1, panel[1] // 2 - 1]) == draw.color(0) and tuple(left[-1, -1]) == (GRAY,) * 3
 
 
 def test_grid_dimensions_and_aspect():

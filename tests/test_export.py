@@ -242,7 +242,7 @@ def test_nothing_in_the_graph_runs_python_or_reads_the_disk(saved):
     ),
 ])  # fmt: skip
 def test_the_folded_model_finds_what_the_model_finds(small_model, settings):
-    """Batch normalisation with statistics, scales and shifts of its own; two images of different sizes on a canvas."""
+    """Batch normalization with statistics, scales and shifts of its own; two images of different sizes on a canvas."""
     net = small_model(2, prior=0.3, **{"width": 8, **settings})
     rng = np.random.default_rng(0)
     for layer in net.backbone.layers:

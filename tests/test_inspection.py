@@ -107,7 +107,7 @@ def exif(d):
     Image.new("RGB", (64, 48)).save(d.image(4), exif=rotation)
 
 
-def grey(d):
+def gray(d):
     Image.new("L", (64, 48)).save(d.image(0))
 
 
@@ -126,7 +126,7 @@ def sixteen_bit(d):
     d.image(0).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
-def sixteen_bit_grey(d):
+def sixteen_bit_gray(d):
     Image.fromarray(np.zeros([48, 64], np.uint16)).save(d.image(0), "PNG")
 
 
@@ -169,10 +169,10 @@ WARNINGS = {
     ),
     "file twice": (lambda d: d.train["images"][1].update(file_name="train_0.jpg"), "1 images whose file another has"),
     "EXIF": (exif, "1 images with an EXIF rotation: .*train_4.jpg"),
-    "greyscale": (grey, "1 greyscale images: .*train_0.jpg"),
+    "grayscale": (gray, "1 grayscale images: .*train_0.jpg"),
     "CMYK": (cmyk, "1 CMYK images: .*train_0.jpg"),
     "16 bits": (sixteen_bit, "1 images of 16 bits: .*train_0.jpg"),
-    "16 bits, greyscale": (sixteen_bit_grey, "1 images of 16 bits: .*train_0.jpg"),
+    "16 bits, grayscale": (sixteen_bit_gray, "1 images of 16 bits: .*train_0.jpg"),
     "category without boxes": (lambda d: d.train["categories"].append({"id": 5, "name": "ox"}), "without a box: ox"),
     "in both splits": (into_val, "1 images that are both in train and in val: .*train_0.jpg"),
 }

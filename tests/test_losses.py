@@ -276,7 +276,7 @@ MADE = [
 
 
 @pytest.mark.parametrize("made, function", MADE)
-def test_classes_serialise_and_equal_the_functions(made, function):
+def test_classes_serialize_and_equal_the_functions(made, function):
     again = keras.losses.deserialize(keras.losses.serialize(made))
     assert type(again) is type(made) and again.get_config() == made.get_config()
     rng = np.random.default_rng(0)

@@ -44,7 +44,7 @@ def lively(model, seed=1):
 
 
 def numpy_loss(model, normalizer, truth=TRUTH, box_weight=1.0, image_weights=1.0):
-    """§4.1, from the model's outputs on: every anchor that is not ignored, normalised."""
+    """§4.1, from the model's outputs on: every anchor that is not ignored, normalized."""
     outputs = numpy_of(model(IMAGES))
     anchors = reference.anchors(64, 64)
     classification, box, counts, ignored = [], [], [], 0
@@ -118,7 +118,7 @@ def test_a_larger_multiple_to_pad_to(small_model):
         np.testing.assert_allclose(value, expected[name], atol=5e-3)
 
 
-def test_pixels_are_normalised_as_rgb(small_model):
+def test_pixels_are_normalized_as_rgb(small_model):
     """The model equals its parts, on (RGB - mean) / std of ImageNet."""
     model = lively(small_model())
     x = (IMAGES - np.float32([123.68, 116.779, 103.939])) / np.float32([58.395, 57.12, 57.375])

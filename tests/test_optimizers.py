@@ -10,7 +10,7 @@ from retinanet_keras.config import TrainConfig
 
 
 def a_model():
-    """A kernel, biases, and the scale and shift of a normalisation."""
+    """A kernel, biases, and the scale and shift of a normalization."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((3,)), keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
@@ -226,7 +226,7 @@ def test_the_norm_of_the_whole_gradient_is_clipped():
 
 
 @pytest.mark.parametrize("run", [SGD_RUN, ADAMW_RUN], ids=["sgd", "adamw"])
-def test_a_deserialised_optimizer_takes_the_same_steps(run):
+def test_a_deserialized_optimizer_takes_the_same_steps(run):
     optimizer = optimizers.build(run)
     again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert type(again) is type(optimizer) and again.get_config() == optimizer.get_config()

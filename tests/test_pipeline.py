@@ -55,7 +55,7 @@ def test_resized(size, expected, scale):
     np.testing.assert_allclose(factor, scale, rtol=1e-6)
 
 
-def test_fit_pads_right_and_bottom_with_the_mean_colour():
+def test_fit_pads_right_and_bottom_with_the_mean_color():
     image = np.full((1, 50, 70, 3), 200, "uint8")
     padded, size, scale = canvas.fit(image, 50, 100)
     assert padded.shape == (1, 64, 96, 3) and tuple(size.numpy()) == (50, 70) and scale == 1.0
@@ -63,7 +63,7 @@ def test_fit_pads_right_and_bottom_with_the_mean_colour():
     assert (padded[0, 50:].numpy() == PAD_COLOR).all() and (padded[0, :, 70:].numpy() == PAD_COLOR).all()
 
 
-def test_fit_samples_at_pixel_centres():
+def test_fit_samples_at_pixel_centers():
     """Doubling a ramp: new pixels lie a quarter of the way between old ones."""
     image = np.array([0, 40, 80, 120], "uint8")[None, None, :, None] * np.ones((1, 4, 1, 3), "uint8")
     padded, _, _ = canvas.fit(image, 8, 8)
@@ -420,7 +420,7 @@ def test_boxes_cropped_away_become_padding():
     assert 0 < min(kept) and max(kept) < len(boxes)
 
 
-def test_colour_jitter_shifts_within_its_range():
+def test_color_jitter_shifts_within_its_range():
     shifts = []
     for seed in range(20):
         pixels, _ = augmented(settings(color_jitter=0.1), seed, image=np.full((64, 96, 3), 128, "uint8"))

@@ -90,7 +90,7 @@ def test_four_replicas_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_batch_normalisation_is_not_trained_on_several_replicas(tmp_path):
+def test_batch_normalization_is_not_trained_on_several_replicas(tmp_path):
     command = [sys.executable, str(HERE / "replicas.py"), '{"replicas": 2, "norm": "batch"}', str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode and 'Use norm="group" for training from random weights' in done.stderr

@@ -206,15 +206,15 @@ def test_an_evaluated_image_of_another_size_than_annotated_is_named(tiny_config,
 
 @pytest.mark.slow
 def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):
-    """One pixel, a ribbon, grey, CMYK, 16 bits; boxes that are inverted, empty, not numbers, or outside."""
+    """One pixel, a ribbon, gray, CMYK, 16 bits; boxes that are inverted, empty, not numbers, or outside."""
     data = tmp_path / "odd"
     (data / "images").mkdir(parents=True)
     (data / "annotations").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), "uint8")
-    colour = Image.fromarray(pixels)
+    color = Image.fromarray(pixels)
     pictures = {
-        "pixel.png": colour.resize((1, 1)), "ribbon.jpg": colour.resize((6000, 200)), "grey.jpg": colour.convert("L"),
-        "cmyk.jpg": colour.convert("CMYK"), "deep.png": Image.fromarray(pixels[..., 0].astype("uint16") * 257),
+        "pixel.png": color.resize((1, 1)), "ribbon.jpg": color.resize((6000, 200)), "gray.jpg": color.convert("L"),
+        "cmyk.jpg": color.convert("CMYK"), "deep.png": Image.fromarray(pixels[..., 0].astype("uint16") * 257),
     }  # fmt: skip
     tree = {"images": [], "annotations": [], "categories": [{"id": 5, "name": "thing"}]}
     bad = ([50, 50, -20, 10], [10, 10, 0, 5], [float("nan"), 1, 5, 5], [900, 900, 20, 20])
@@ -223,7 +223,7 @@ def test_training_on_odd_images_and_boxes(tiny_config, tmp_path):
         width, height = picture.size
         tree["images"].append({"id": i, "file_name": name, "width": width, "height": height})
         good = [width / 4, height / 4, width / 2, height / 2]
-        for box in (good, *(bad if name == "grey.jpg" else ())):
+        for box in (good, *(bad if name == "gray.jpg" else ())):
             tree["annotations"].append({"id": len(tree["annotations"]), "image_id": i, "category_id": 5, "bbox": box})
     for split in ("train", "val"):
         (data / f"annotations/instances_{split}.json").write_text(json.dumps(tree))

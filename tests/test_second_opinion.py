@@ -113,7 +113,7 @@ def test_deltas_are_theirs_in_another_order():
 
 
 def test_their_default_deltas_are_divided_by_variances():
-    """KerasCV's RetinaNet divides by 0.1 (centres) and 0.2 (sides); the paper and R-CNN by nothing."""
+    """KerasCV's RetinaNet divides by 0.1 (centers) and 0.2 (sides); the paper and R-CNN by nothing."""
     rng = np.random.default_rng(2)
     anchors, matched = random_boxes(rng, 40), random_boxes(rng, 40)
     encoder = their_retinanet.LabelEncoder("xyxy", their_generator([1.0]))

@@ -72,7 +72,7 @@ def test_the_numbers_of_the_default_pictures_stay():
 
 
 def test_small_rare_objects_in_clutter():
-    """Rare and small as asked; what lies around them makes the image, and none of it is labelled."""
+    """Rare and small as asked; what lies around them makes the image, and none of it is labeled."""
     hard = {"objects": 2, "size": (0.07, 0.25), "clutter": 30}
     rendered = [shapes.render(0, "train", i, 192, **hard) for i in range(60)]
     counts = [len(boxes) for _, boxes, _ in rendered]

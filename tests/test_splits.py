@@ -56,7 +56,7 @@ def tfds_dir(tmp_path_factory):
 )  # fmt: skip
 def test_the_papers_splits_are_found_in_the_files_of_2017(files, split, ids):
     dataset = dataset_formats.open_split(data_config(files), split)
-    assert tuple(dataset.image_ids) == ids and dataset.labelled == (split != "test-dev")
+    assert tuple(dataset.image_ids) == ids and dataset.labeled == (split != "test-dev")
     assert image_decoding.unusable_images(dataset, np.arange(len(ids))) == []
 
 
@@ -123,7 +123,7 @@ def test_the_official_annotations_are_used_where_they_are_given(files, tfds_dir,
     assert dataset.annotation_file == str(tmp_path / "annotations/instances_val2017.json")
     check_same(dataset, dataset_formats.open_split(data_config(files), "minival"))
     test = dataset_formats.open_split(config, "test-dev")
-    assert tuple(test.image_ids) == miniature.TEST_DEV and not test.labelled
+    assert tuple(test.image_ids) == miniature.TEST_DEV and not test.labeled
 
 
 def test_minival_gives_the_same_numbers_through_tfds_and_through_the_json(files, tfds_dir):
@@ -220,7 +220,7 @@ def test_an_index_that_was_cut_off_is_made_again(tfds_dir):
 
 def test_a_split_without_objects_has_no_labels(tfds_dir):
     dataset = dataset_formats.open_split(data_config(tfds_dir, "tfds"), "test")
-    assert len(dataset) == len(miniature.TEST) and not dataset.labelled
+    assert len(dataset) == len(miniature.TEST) and not dataset.labeled
 
 
 def test_folders_of_ones_own_are_where_the_configuration_says(files, tmp_path):

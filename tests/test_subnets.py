@@ -92,7 +92,7 @@ def test_p6_from_p5():
         FeaturePyramid(p6_source="c4")
 
 
-def test_group_normalisation_in_the_tower_equals_numpy():
+def test_group_normalization_in_the_tower_equals_numpy():
     rng = np.random.default_rng(2)
     subnet = built(Subnet(1, 2, channels=64, depth=1, norm="group"), [(None, None, None, 64)])
     for variable in subnet.trainable_variables:
@@ -199,9 +199,9 @@ def test_output_order_is_the_anchors_order():
         rows = np.flatnonzero(output.any(axis=1))
         assert len(rows) == per_cell
         np.testing.assert_array_equal(output[rows].ravel(), np.arange(1, per_cell * values + 1))
-        centres = (anchors[rows, :2] + anchors[rows, 2:]) / 2
+        centers = (anchors[rows, :2] + anchors[rows, 2:]) / 2
         expected = np.tile([(column + 0.5) * STRIDES[lit], (row + 0.5) * STRIDES[lit]], (per_cell, 1))
-        np.testing.assert_allclose(centres, expected, atol=1e-3)
+        np.testing.assert_allclose(centers, expected, atol=1e-3)
         sides = anchors[rows, 2:] - anchors[rows, :2]
         np.testing.assert_allclose(sides.prod(axis=1).min(), (4 * STRIDES[lit]) ** 2, rtol=1e-5)
 
@@ -212,7 +212,7 @@ def test_outputs_are_float32_under_mixed_precision():
         assert keras.backend.standardize_dtype(output.dtype) == "float32"
 
 
-# Serialisation
+# Serialization
 
 
 @pytest.mark.parametrize("layer", [Subnet(9, 4, 16, 2, 0.05, name="s"), FeaturePyramid(12, name="f")])

@@ -40,9 +40,9 @@ def check(anchors, gt_boxes, gt_labels, rule, **thresholds):
 
 def random_truth(rng, batch, count, side, num_classes=5):
     """Boxes of all sizes; some rows padding, some boxes without area."""
-    centre = rng.uniform(0, side, (batch, count, 2))
+    center = rng.uniform(0, side, (batch, count, 2))
     half = np.exp(rng.uniform(np.log(4), np.log(side / 2), (batch, count, 2)))
-    gt_boxes = np.concatenate([centre - half, centre + half], axis=-1).astype("float32")
+    gt_boxes = np.concatenate([center - half, center + half], axis=-1).astype("float32")
     gt_labels = rng.integers(-1, num_classes, (batch, count))
     gt_boxes[0, 0, 2:] = gt_boxes[0, 0, :2]
     return gt_boxes, gt_labels

@@ -40,7 +40,7 @@ def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model,
 
 
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_fit_moves_the_statistics_of_batch_normalisation(small_model, jit_compile):
+def test_fit_moves_the_statistics_of_batch_normalization(small_model, jit_compile):
     """Three steps at rate 0: a statistic that one forward pass moves by d from 0 is at (1 - momentum^3) d' then."""
     model = small_model(norm="batch", freeze_at=0)
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]

@@ -1,4 +1,4 @@
-"""Random zoom, flips and colour of one training image, and padding. Functions of the graph."""
+"""Random zoom, flips and color of one training image, and padding. Functions of the graph."""
 
 import tensorflow as tf
 
@@ -8,7 +8,7 @@ MIN_VISIBLE = 0.3  # share of a box's area that must be left after a random crop
 
 
 def pad(images, canvas, offset=(0, 0)):
-    """Images on a canvas of the mean colour.
+    """Images on a canvas of the mean color.
 
     Args:
         images: uint8 [B, H, W, 3].
@@ -22,7 +22,7 @@ def pad(images, canvas, offset=(0, 0)):
     def color(height, width):
         return tf.broadcast_to(tf.constant(PAD_COLOR, tf.uint8), [shape[0], height, width, 3])
 
-    # Half the time of tf.pad, which has one colour for all channels only.
+    # Half the time of tf.pad, which has one color for all channels only.
     images = tf.concat([color(shape[1], left), images, color(shape[1], right)], axis=2)
     return tf.concat([color(above, canvas[1]), images, color(below, canvas[1])], axis=1)
 
@@ -34,7 +34,7 @@ def zoom_factor(jitter, draw):
 
 
 def zoom(image, boxes, labels, fitted, canvas, factor, stretch, draw):
-    """Resize by a factor and a random stretch, then crop, or place on mean colour, at random.
+    """Resize by a factor and a random stretch, then crop, or place on mean color, at random.
 
     Args:
         image: uint8 [H, W, 3].
@@ -78,7 +78,7 @@ def zoom(image, boxes, labels, fitted, canvas, factor, stretch, draw):
 
 
 def resize(images, size):
-    """Bilinear, sampled at pixel centres, rounded; images: uint8 [B, H, W, 3]; size: int [2], height and width."""
+    """Bilinear, sampled at pixel centers, rounded; images: uint8 [B, H, W, 3]; size: int [2], height and width."""
     return tf.cast(tf.round(tf.image.resize(images, size)), tf.uint8)
 
 

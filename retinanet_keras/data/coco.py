@@ -74,7 +74,7 @@ class CocoDataset:
     annotation_file: str
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> annotations of the file ignored, crowds included
     spans: np.ndarray | None = None  # int64 [N, 2], first byte and number of bytes in the file; None: whole files
-    labelled: bool = True  # whether the JSON has annotations at all, be it none for these images
+    labeled: bool = True  # whether the JSON has annotations at all, be it none for these images
     max_pixels: int | None = None  # of an image that is decoded; None: any
     measures: str = ""  # a digest of what scoring reads of the file and training does not: areas and crowds
 
@@ -207,7 +207,7 @@ def examine(tree, annotation_file, image_dir):
         labels=labels,
         annotation_file=str(annotation_file),
         dropped=dropped,
-        labelled="annotations" in tree,
+        labeled="annotations" in tree,
         measures=_measures(lists["annotations"]),
     )
     return findings, dataset

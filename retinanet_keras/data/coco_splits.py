@@ -55,7 +55,7 @@ def own_file(config, split):
 
 
 def annotation_file(config, name):
-    """Where a split of COCO's has its annotations, or, for the unlabelled tests, its list of images."""
+    """Where a split of COCO's has its annotations, or, for the unlabeled tests, its list of images."""
     file = own_file(config, name)
     return file.with_name(f"image_info_{name}.json") if name.startswith("test") else file
 

@@ -73,7 +73,7 @@ def _webp(data, begins):
 def _gif(encoded):
     """The pixels of all frames: TensorFlow's decoder holds them all, whatever the screen's size, to return the first.
 
-    A walk over the blocks: header and colours, then extensions (0x21) and frames (0x2C), each followed by sub-blocks
+    A walk over the blocks: header and colors, then extensions (0x21) and frames (0x2C), each followed by sub-blocks
     that begin with their length, up to one of length 0. One that does not end within MOST_BLOCKS has as many pixels as
     an int64 can tell.
     """
@@ -83,7 +83,7 @@ def _gif(encoded):
     def at(place):
         return tf.cast(data[tf.minimum(place, end - 1)], tf.int64)
 
-    def colors(flags):  # bytes of a table of colours
+    def colors(flags):  # bytes of a table of colors
         return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(tf.constant(2, tf.int64), flags % 8), 0)
 
     def step(place, inside, total):

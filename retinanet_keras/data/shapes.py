@@ -27,7 +27,7 @@ SPLITS = ("train", "val", "test")
 VERSION = 1  # of the pictures: another one makes a folder that was generated before unfit
 STAMP = "shapes.json"
 ASPECTS = (0.7, 0.8, 0.9, 1.0)  # shorter over longer side of an image
-TEXTURE = 120  # largest difference between the two colours of a texture, of 255
+TEXTURE = 120  # largest difference between the two colors of a texture, of 255
 EMPTY_EVERY = 10  # every tenth image has distractors alone
 LEAST_INSIDE = 0.6  # of an object's box
 MOST_COVERED = 0.4  # of an object's box, by all that lies over it
@@ -211,7 +211,7 @@ def _rotation(angle):
 
 
 def _sized(contours, stroke, length, angle):
-    """Contours rotated, centred on their box and scaled until the box, stroke included, is `length` pixels long."""
+    """Contours rotated, centered on their box and scaled until the box, stroke included, is `length` pixels long."""
     contours = [contour @ _rotation(angle) for contour in contours]
     low, high = contours[0].min(axis=0), contours[0].max(axis=0)
     scale = length * (1 - stroke) / (high - low).max()
@@ -252,8 +252,8 @@ def _paint(rng, pixels, contours, stroke, box, length, texture, hue):
     under = patch[::3, ::3].mean(axis=(0, 1))
     first = _color(rng, hue, under)
     second = first + np.clip(_color(rng, hue, under) - first, -TEXTURE, TEXTURE)
-    centre = (contours[0].min(axis=0) + contours[0].max(axis=0)) / 2
-    blend = _blend(rng, texture, np.arange(x1, x2) - centre[0], np.arange(y1, y2) - centre[1], length)  # [h, w]
+    center = (contours[0].min(axis=0) + contours[0].max(axis=0)) / 2
+    blend = _blend(rng, texture, np.arange(x1, x2) - center[0], np.arange(y1, y2) - center[1], length)  # [h, w]
     color = blend[..., None] * (second - first)  # [h, w, 3]
     color += first
     color -= patch
@@ -262,7 +262,7 @@ def _paint(rng, pixels, contours, stroke, box, length, texture, hue):
 
 
 def _color(rng, hue, under):
-    """An RGB colour of a hue (0..1, around the circle), float32 [3], that stands out from the colour under it."""
+    """An RGB color of a hue (0..1, around the circle), float32 [3], that stands out from the color under it."""
     for _ in range(12):
         saturation, value = rng.uniform(0.45, 1), rng.uniform(0.3, 1)
         color = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32) * 255
@@ -272,7 +272,7 @@ def _color(rng, hue, under):
 
 
 def _blend(rng, kind, x, y, length):
-    """Share of the second colour, float32 [h, w] in 0..1; x [w] and y [h] are pixels from the shape's centre."""
+    """Share of the second color, float32 [h, w] in 0..1; x [w] and y [h] are pixels from the shape's center."""
     x, y = x[None].astype(np.float32), y[:, None].astype(np.float32)
     if kind == "plain":
         return np.zeros([y.size, x.size], np.float32)

@@ -63,7 +63,7 @@ def open_split(config, split, *, keep_empty=True):
             f"{annotation_file} lists {len(dataset)} images, of which the TFDS set {config.name} lacks {len(absent)} "
             f"in {split}, such as {absent[0]}. Are both of one release?"
         )
-    if keep_empty and len(dataset) + len(to_skip) < len(order) and dataset.labelled:
+    if keep_empty and len(dataset) + len(to_skip) < len(order) and dataset.labeled:
         logger.warning("%s lists %d of the %d images in %s of %s", annotation_file, len(dataset), len(order), split,
                        config.name)  # fmt: skip
     files = [str(index["files"][i]) for i in index["file_of"][place]]

@@ -1,7 +1,7 @@
 """Images and boxes to batches: the size an image is resized to, its canvas, training and inference.
 
 The canvas: an image is resized so that its shorter side is `short_side`, its longer at most `max_side`, and padded
-right and bottom with the mean colour to the next multiples of 32. At inference that is a function of the image's own
+right and bottom with the mean color to the next multiples of 32. At inference that is a function of the image's own
 size alone. In training a few canvases serve all images, the smallest that hold them, for XLA.
 """
 
@@ -110,7 +110,7 @@ def reducible(sizes, config):
 
 
 def augment(image, size, truth, canvas, config, seed):
-    """One training example on its canvas: resize, zoom and stretch, flips, colour shift, as far as `config` says.
+    """One training example on its canvas: resize, zoom and stretch, flips, color shift, as far as `config` says.
 
     An image that only shrinks lies at the top left, as in detection; one that may grow or stretch is cropped, or has
     its place, at random.

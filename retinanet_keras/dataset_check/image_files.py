@@ -22,8 +22,8 @@ from retinanet_keras.data.image_formats import DAMAGE, IMAGE_FORMATS
 EXIF_ORIENTATION = 0x0112
 MISSING, SIXTEEN_BIT = "missing", "16-bit"
 CONVERTED = (
-    ("L", "greyscale images", "They get three equal channels."),
-    ("CMYK", "CMYK images", "They are converted to RGB without a colour profile."),
+    ("L", "grayscale images", "They get three equal channels."),
+    ("CMYK", "CMYK images", "They are converted to RGB without a color profile."),
     (SIXTEEN_BIT, "images of 16 bits", "They are cut to 8 bits, the upper ones."),
 )
 

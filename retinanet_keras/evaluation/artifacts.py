@@ -70,7 +70,7 @@ def write(folder, records, dataset, config, split, about, speed=None, identity=N
         folder.mkdir(parents=True, exist_ok=True)
         records.write(folder / "results.json")
         metrics = None
-        if dataset.labelled:
+        if dataset.labeled:
             metrics = score(records, dataset, config) | (identity or {})
             metrics["dataset"] = fingerprint.of_annotations(dataset)
             about = {**about, "annotations": dataset.annotation_file}
@@ -109,7 +109,7 @@ def comparisons(dataset, records, count):
 
 def _compare(dataset, records, i, min_score):
     found = records.of_image(int(dataset.image_ids[i]), dataset.categories)
-    truth = (dataset.boxes_of(i), dataset.labels_of(i)) if dataset.labelled else None
+    truth = (dataset.boxes_of(i), dataset.labels_of(i)) if dataset.labeled else None
     image = image_decoding.image_of(dataset, i)
     return draw.side_by_side(image, truth, found, dataset.categories.names, min_score=min_score)
 

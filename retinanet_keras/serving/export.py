@@ -115,7 +115,7 @@ def signatures(model, config, precision=None):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False)
     def image_bytes(image_bytes):
-        """Each image on its own canvas, so that what is found in it does not depend on its neighbours."""
+        """Each image on its own canvas, so that what is found in it does not depend on its neighbors."""
         d = model.detection.max_detections
         spec = {
             "boxes": tf.TensorSpec([d, 4], tf.float32), "scores": tf.TensorSpec([d], tf.float32),

@@ -94,7 +94,7 @@ def _open_splits(config):
     val_set = dataset_formats.open_split(data, data.val_split)
     test_split = data.test_split or data.val_split
     test_set = val_set if test_split == data.val_split else dataset_formats.open_split(data, test_split)
-    if config.eval.every and not val_set.labelled:
+    if config.eval.every and not val_set.labeled:
         raise errors.DataError(
             f"{val_set.annotation_file} has no annotations, so data.val_split={data.val_split} tells nothing of a "
             "training. Name another, or set eval.every=0"
@@ -190,11 +190,11 @@ def _finish(model, config, folder, test_set, began):
     export_dir = export_model(model, config, folder.export, version=1, metrics=measured)
     if metrics:
         print(f"\n{coco_metrics.format_metrics(metrics)}\n")
-    _summarise(folder, out, export_dir, began)
+    _summarize(folder, out, export_dir, began)
     return metrics
 
 
-def _summarise(folder, out, export_dir, began):
+def _summarize(folder, out, export_dir, began):
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1024
     rows = {

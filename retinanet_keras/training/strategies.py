@@ -120,7 +120,7 @@ def check_same(strategy, step):
 
 
 def check_norm(strategy, norm):
-    """A RunError where several replicas would train batch normalisation."""
+    """A RunError where several replicas would train batch normalization."""
     if norm == "batch" and strategy.num_replicas_in_sync > 1:
         raise RunError(
             f'model.norm: expected "group" or "frozen" on {strategy.num_replicas_in_sync} replicas, as each would have '

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from retinanet_keras.storage import disk
 from retinanet_keras.storage.printable import printable
 
-# Okabe and Ito's colours, which people with any form of colour blindness can tell apart; without black,
+# Okabe and Ito's colors, which people with any form of color blindness can tell apart; without black,
 # because pictures have dark parts.
 PALETTE = (
     (0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66),
@@ -31,7 +31,7 @@ PANEL_SIDES = (320, 1600)  # least and largest longer side of a panel of `side_b
 
 
 def color(label):
-    """The RGB colour of a class: the palette, then lighter, then darker, then hues a golden angle apart."""
+    """The RGB color of a class: the palette, then lighter, then darker, then hues a golden angle apart."""
     shade, place = divmod(int(label), len(PALETTE))
     if shade == 0:
         return PALETTE[place]
@@ -101,8 +101,8 @@ def draw_boxes(image, boxes, labels, names, scores=None, *, width=None):
         taken = np.concatenate([taken, [place]])
         fill = NO_CLASS if labels is None else color(labels[i])
         canvas.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=fill)
-        centre = (place[0] + place[2]) / 2, (place[1] + place[3]) / 2
-        canvas.text(centre, text, font=font, fill=_readable_on(fill), anchor="mm")
+        center = (place[0] + place[2]) / 2, (place[1] + place[3]) / 2
+        canvas.text(center, text, font=font, fill=_readable_on(fill), anchor="mm")
     return np.asarray(picture).copy()
 
 
@@ -125,7 +125,7 @@ def side_by_side(image, truth, detections, names, *, min_score=0.3):
     rows, columns = (max(1, round(side * factor)) for side in image.shape[:2])
     stretch = np.array([columns / image.shape[1], rows / image.shape[0]] * 2)
     if factor != 1:
-        how = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS  # single pixels stay recognisable
+        how = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS  # single pixels stay recognizable
         image = np.asarray(Image.fromarray(image).resize((columns, rows), how))
 
     boxes, scores, labels = (np.asarray(part) for part in detections)

@@ -1,4 +1,4 @@
-"""Plots as SVG elements that go into a page of HTML, whose style sheet colours them.
+"""Plots as SVG elements that go into a page of HTML, whose style sheet colors them.
 
 Classes for the style sheet: `grid` and `axis` lines, text, series `s0`, `s1`, ... as lines or bars. No text comes from
 data: what a series is called is said beside the plot.

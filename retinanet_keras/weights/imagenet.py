@@ -98,7 +98,7 @@ def load_imagenet(backbone, source=None, std=STD):
 
 
 def _copy(source, conv, norm, backbone, name, scale=None, flip=False):
-    """One convolution and its normalisation; keras.applications' conv bias goes into the moving mean."""
+    """One convolution and its normalization; keras.applications' conv bias goes into the moving mean."""
     kernel, bias = source.get_layer(conv).get_weights()
     gamma, beta, mean, variance = source.get_layer(norm).get_weights()
     if flip:  # trained on BGR, without division; the model gives RGB / STD

@@ -38,7 +38,7 @@ class Layout:
     """A kind of file.
 
     `mark`: how an entry begins that files of this kind, and no others, have. `suffixes`: of kernel and bias. `norm`: of
-    batch normalisation's gamma, beta, mean and variance; only the first two where statistics are part of them. `cell`:
+    batch normalization's gamma, beta, mean and variance; only the first two where statistics are part of them. `cell`:
     position in the file's cell of each anchor, ordered scale, then ratio .5, 1, 2. `extras`: entries that the network
     does not use; those that end in a dot or a slash are beginnings. `settings`: of the RetinaNet.
     """
@@ -107,7 +107,7 @@ def backbone_names(layout, blocks):
         blocks: numbers of blocks of res2 to res5.
 
     Returns:
-        dict of part -> (convolution, normalisation).
+        dict of part -> (convolution, normalization).
     """
     stem = {
         "Detectron": ("conv1", "res_conv1_bn"),
@@ -137,7 +137,7 @@ def _block_part(layout, stage, i, part):
 
 
 def head_names(layout, blocks, depth, weights):
-    """Names of the parts after the backbone, as `backbone_names`; the normalisation is None where there is none.
+    """Names of the parts after the backbone, as `backbone_names`; the normalization is None where there is none.
 
     Args:
         layout: a Layout.

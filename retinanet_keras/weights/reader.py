@@ -46,7 +46,7 @@ def _damage(*errors):
 def read(path):
     """The weights in a file: dict of name -> array, in the file's order.
 
-    The format is recognised by content. `{"blobs": ...}`, `{"model": ...}` and `{"state_dict": ...}` are unwrapped,
+    The format is recognized by content. `{"blobs": ...}`, `{"model": ...}` and `{"state_dict": ...}` are unwrapped,
     entries beside the weights are ignored, and so are Detectron's `*_momentum` and DataParallel's "module.".
     Arrays have the file's dtype in native byte order, but bfloat16 becomes float32; they are read-only, since they lie
     on what was read, without a copy where they can.

@@ -20,7 +20,7 @@ X_BACKBONE, X_LATERAL, X_SUM, X_OUTPUT, X_BUS, X_TOWER = (
     6.9,
     8.0,
 )  # columns of the picture, in its own unit
-PARTS = {"backbone": sheet.GREY, "pyramid": sheet.BLUE, "class_subnet": sheet.RED, "box_subnet": sheet.GREEN}
+PARTS = {"backbone": sheet.GRAY, "pyramid": sheet.BLUE, "class_subnet": sheet.RED, "box_subnet": sheet.GREEN}
 
 
 def operations(model, height, width):
@@ -112,9 +112,9 @@ def _draw(model, rows, size):
     for part, name, y in (("class_subnet", "logits", 6.2), ("box_subnet", "deltas", 3.0)):
         tower = [row for row in rows if row["part"] == part]
         right = max(right, _draw_subnet(axis, tower, outputs[name], y, model))
-    axis.plot([X_BUS, X_BUS], [3.0, max(y for _, y in levels)], color=sheet.GREY, linewidth=1)
+    axis.plot([X_BUS, X_BUS], [3.0, max(y for _, y in levels)], color=sheet.GRAY, linewidth=1)
     for x, y in levels:
-        axis.plot([x + 0.6, X_BUS], [y, y], color=sheet.GREY, linewidth=1)
+        axis.plot([x + 0.6, X_BUS], [y, y], color=sheet.GRAY, linewidth=1)
     total = sum(row["parameters"] for row in rows)
     anchors = outputs["logits"]["width"]
     heads = ((0, "(a) backbone"), (X_SUM, "(b) feature pyramid"), ((X_TOWER + right) / 2, "(c), (d) subnets"))
@@ -122,7 +122,7 @@ def _draw(model, rows, size):
         axis.text(x, 7.75, words, ha="center", fontsize=11)
     axis.text(
         right + 0.6, -0.2, f"image {size[0]}×{size[1]}, {anchors:,} anchors, {total / 1e6:.1f} M parameters",
-        ha="right", fontsize=9, color=sheet.GREY,
+        ha="right", fontsize=9, color=sheet.GRAY,
     )  # fmt: skip
     axis.set_xlim(-1.1, right + 0.8)
     return figure
@@ -194,7 +194,7 @@ def _draw_pyramid(axis, rows, size, placed):
                 start_gap = 0.2 if row["kind"] == "Add" else 0.37
                 _arrow(axis, (x, start[1] + up * start_gap), (x, y - up * start_gap), " ".join(filter(None, words)))
             elif start[0] == X_BACKBONE and start[1] != y:  # C5 to P6: up, then across
-                axis.plot([X_BACKBONE, X_BACKBONE], [start[1] + 0.33, y], color=sheet.GREY, linewidth=1)
+                axis.plot([X_BACKBONE, X_BACKBONE], [start[1] + 0.33, y], color=sheet.GRAY, linewidth=1)
                 _arrow(axis, (X_BACKBONE, y), (x - gap, y))
             else:
                 own = 0.16 if by_name.get(name, {}).get("kind") == "Add" else 0.6
@@ -225,7 +225,7 @@ def _draw_subnet(axis, rows, output, y, model):
         X_TOWER - 0.6, y - 0.82,
         f"{convs[-1]['channels']} = {model.anchors.per_cell} anchors × {values} values at each position; "
         f"over all levels {output['output']} [{output['width']:,}, {output['channels']}]",
-        fontsize=9, color=sheet.GREY,
+        fontsize=9, color=sheet.GRAY,
     )  # fmt: skip
     return end
 
@@ -262,8 +262,8 @@ def _arrow(axis, start, end, words=""):
         "",
         end,
         start,
-        arrowprops={"arrowstyle": "-|>", "color": sheet.GREY, "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
+        arrowprops={"arrowstyle": "-|>", "color": sheet.GRAY, "linewidth": 1, "shrinkA": 0, "shrinkB": 0},
     )
     if words:
         middle = (start[0] + end[0]) / 2 + 0.08, (start[1] + end[1]) / 2
-        axis.text(*middle, words, fontsize=8, color=sheet.GREY, va="center")
+        axis.text(*middle, words, fontsize=8, color=sheet.GRAY, va="center")

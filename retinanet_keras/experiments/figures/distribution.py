@@ -192,8 +192,8 @@ def _draw(to, positive, negative, about):
     for gamma, color, dash in looks:
         share = 1 - negative.shares(gamma, 1 - near)
         axes[2].plot(near, share, color=color, linestyle=dash, linewidth=1.8, label=f"γ = {gamma:g}")
-    axes[2].axvline(EASY[1], color=sheet.GREY, linewidth=0.8)
-    axes[2].text(EASY[1] * 1.2, 0.02, "hardest 1%", color=sheet.GREY, fontsize=9)
+    axes[2].axvline(EASY[1], color=sheet.GRAY, linewidth=0.8)
+    axes[2].text(EASY[1] * 1.2, 0.02, "hardest 1%", color=sheet.GRAY, fontsize=9)
     axes[2].set(xscale="log", xlim=(1e-6, 1), ylim=(0, 1.01))
     axes[2].set(xlabel="hardest fraction of negative examples", ylabel="share of their loss")
     axes[2].set_title("the same negatives, the highest loss first", loc="left", fontsize=10)

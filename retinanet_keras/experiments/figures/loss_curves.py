@@ -41,7 +41,7 @@ def figure1(to):
     values = [value_and_slope(focal_of(gamma), x_t)[0] for gamma in GAMMAS]
     figure, (axis,) = sheet.panels()
     axis.axvspan(0.5, 1, color="#f2f2f2", zorder=0)
-    axis.text(0.75, 0.62, "well-classified\nexamples", transform=axis.transAxes, ha="center", color=sheet.GREY)
+    axis.text(0.75, 0.62, "well-classified\nexamples", transform=axis.transAxes, ha="center", color=sheet.GRAY)
     colors = (sheet.BLUE, sheet.ORANGE, sheet.GREEN, sheet.PINK, sheet.RED)
     for gamma, value, color, dash in zip(GAMMAS, values, colors, ("-", "--", "-.", "-", ":"), strict=True):
         name = f"γ = {gamma:g}" + (" (cross entropy)" if gamma == 0 else "")
@@ -54,7 +54,7 @@ def figure1(to):
 
 
 def _family():
-    """[(name, plain name, function, colour, line)] of Figures 5 and 6."""
+    """[(name, plain name, function, color, line)] of Figures 5 and 6."""
     star = [
         (f"FL*, γ = {gamma:g}, β = {beta:g}", f"FL* gamma={gamma:g} beta={beta:g}", star_of(gamma, beta))
         for gamma, beta in STAR
@@ -82,7 +82,7 @@ def _against_x(to, name, which, ylabel, title):
     axis.axvspan(0, REACH, color="#f2f2f2", zorder=0)
     for (label, _, _, color, dash), value in zip(family, values, strict=True):
         axis.plot(x_t, value, color=color, linestyle=dash, linewidth=1.8, label=label)
-    axis.text(0.75, 0.4, "well-classified\nexamples", transform=axis.transAxes, ha="center", color=sheet.GREY)
+    axis.text(0.75, 0.4, "well-classified\nexamples", transform=axis.transAxes, ha="center", color=sheet.GRAY)
     axis.set(xlim=(-REACH, REACH), xlabel="x$_t$ = yx", ylabel=ylabel)
     axis.set_title(title, loc="left", fontsize=10)
     sheet.legend(axis, loc="upper right" if which == 0 else "lower right")

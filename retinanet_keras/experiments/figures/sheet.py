@@ -1,4 +1,4 @@
-"""What the figures share: colours, axes, and their files, a picture and the numbers behind it."""
+"""What the figures share: colors, axes, and their files, a picture and the numbers behind it."""
 
 import csv
 from pathlib import Path
@@ -11,7 +11,7 @@ from retinanet_keras.visualization.draw import PALETTE
 
 COLORS = tuple("#{:02x}{:02x}{:02x}".format(*rgb) for rgb in PALETTE)
 BLUE, ORANGE, GREEN, PINK, SKY, RED, _ = COLORS
-BLACK, GREY, LIGHT = "#222222", "#777777", "#dddddd"
+BLACK, GRAY, LIGHT = "#222222", "#777777", "#dddddd"
 
 
 def panels(columns=1, size=(6.4, 4.4), **settings):

@@ -135,19 +135,19 @@ def _draw_paper(axis, rows):
         for row in own:
             place = LABELS.get((method, row["scale"]), (-17, 5))
             axis.annotate(row["scale"], (row["milliseconds"], row["AP"]), place, textcoords="offset points",
-                          fontsize=7.5, color=sheet.GREY)  # fmt: skip
+                          fontsize=7.5, color=sheet.GRAY)  # fmt: skip
     for row in rows:
         if row["method"] in looks:
             continue
         if row["milliseconds"] is None:
-            axis.axhline(row["AP"], color=sheet.GREY, linewidth=0.8, linestyle=":")
-            axis.text(228, row["AP"] + 0.15, row["method"], ha="right", fontsize=8, color=sheet.GREY)
+            axis.axhline(row["AP"], color=sheet.GRAY, linewidth=0.8, linestyle=":")
+            axis.text(228, row["AP"] + 0.15, row["method"], ha="right", fontsize=8, color=sheet.GRAY)
         else:
             axis.plot([row["milliseconds"]], [row["AP"]], marker="s", color=sheet.GREEN, linestyle="none", markersize=7,
                       label=row["method"])  # fmt: skip
     axis.set(xlim=(40, 230), ylim=(20, 39.5), xlabel="milliseconds an image (Nvidia M40)", ylabel="AP (%)")
     axis.set_title("The paper's numbers: COCO test-dev", loc="left", fontsize=10)
-    axis.plot([], [], color=sheet.GREY, linewidth=0.8, linestyle=":", label="AP alone: Table 2 gives no times")
+    axis.plot([], [], color=sheet.GRAY, linewidth=0.8, linestyle=":", label="AP alone: Table 2 gives no times")
     sheet.legend(axis, loc="lower right", bbox_to_anchor=(1, 0.1))
 
 

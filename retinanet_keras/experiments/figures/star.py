@@ -92,7 +92,7 @@ def figure7(to, folder, config, changes=()):
 def _draw(known):
     looks = {
         "effective": (sheet.BLUE, "-", 1.8), "not effective": (sheet.RED, "--", 1.4),
-        "diverged": (sheet.BLACK, ":", 1.4), "not compared": (sheet.GREY, "-", 1.2), "not run": ("#bbbbbb", "-", 0.8),
+        "diverged": (sheet.BLACK, ":", 1.4), "not compared": (sheet.GRAY, "-", 1.2), "not run": ("#bbbbbb", "-", 0.8),
     }  # fmt: skip
     figure, axes = sheet.panels(len(GAMMAS), (12.5, 4.3), sharey=True)
     x_t = np.linspace(-loss_curves.REACH, loss_curves.REACH, 301)
