@@ -68,6 +68,6 @@ def test_both_are_right_or_one_is_refused(finished, tmp_path, pair):
     if "export" in worked:
         onnx.checker.check_model(onnx.load(tmp_path / "export.onnx"))
     if "detect" in worked:
-        Image.open(tmp_path / "detect/shapes.jpg").load()
+        Image.open(tmp_path / "detect/shapes.jpg.png").load()
     if "inspect" in worked:
         assert json.loads((tmp_path / "inspect/report.json").read_text())["errors"] == []
