@@ -84,7 +84,7 @@ def test_writing_the_results_takes_no_more_than_a_tenth_of_the_time(tmp_path, mo
         written.append(len(json.loads(text)["images"]))
         now[0] += 1.0  # a second each
 
-    monkeypatch.setattr(client.storage, "write", write)
+    monkeypatch.setattr(client.disk, "write", write)
     with client._Results(tmp_path / "a", "s", "m", "b") as results:
         for _ in range(100):
             now[0] += 0.5

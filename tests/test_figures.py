@@ -244,7 +244,7 @@ def test_models_are_timed_as_table_1e_is(run, tiny_config, data_dir, monkeypatch
 
         return detect
 
-    monkeypatch.setattr(speed.inference, "compiled", compiled)
+    monkeypatch.setattr(speed.folding, "compiled", compiled)
     times = speed.detection_times([run])
     assert list(times) == [run] and times[run] > 0 and len(seen) == timing.ROUNDS + 1
     for threshold, of_p7, shape, sizes in seen:
