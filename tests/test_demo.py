@@ -1,4 +1,4 @@
-"""The trainings the README reports, from its commands; minutes each: `make test-slow`."""
+"""The trainings that docs/results.md reports, from its commands; minutes each: `make test-slow`."""
 
 import json
 import subprocess

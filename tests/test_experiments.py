@@ -125,8 +125,8 @@ def test_every_row_is_trained_as_the_paper_trains(table):
             assert config.model.prior == everywhere["prior"]
 
 
-def test_the_readme_prints_the_papers_numbers():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_results_page_prints_the_papers_numbers():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for depth in (50, 101):
         line = ", ".join(f"{row['AP']}" for row in paper.rows("1e").values() if row["depth"] == depth)
         assert f"{line} (Table 1e, test-dev)" in text

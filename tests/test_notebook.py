@@ -71,7 +71,7 @@ def test_it_saves_and_exports_what_it_has(executed):
     for mine, loaded in zip(names["model"].weights, again.weights, strict=True):
         np.testing.assert_array_equal(mine.numpy(), loaded.numpy())
     for name, value in names["same"].items():
-        np.testing.assert_array_equal(value, names["found"][name])
+        np.testing.assert_array_equal(value, names["detections"][name])
     n = int(names["answer"]["num_detections"][0])
     assert n == names["count"]
     np.testing.assert_allclose(names["answer"]["scores"][0, :n], names["scores"], atol=1e-5)
