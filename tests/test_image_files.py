@@ -94,7 +94,7 @@ def test_a_command_line_takes_regular_files_alone(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "retinanet_keras"):
         found = image_files([tmp_path])
     assert found == [(tmp_path / "a.png", "a.png"), (tmp_path / "folder.png" / "c.png", "folder.png/c.png")]
-    assert "skipped 1 that are not regular files, such as" in caplog.text and "b.png" in caplog.text
+    assert "skipped 1 paths that are not regular files, such as" in caplog.text and "b.png" in caplog.text
     with pytest.raises(DataError, match="b.png is not a regular file"):
         image_files([tmp_path / "b.png"])
     with pytest.raises(DataError, match="/dev/zero is not a regular file"):
