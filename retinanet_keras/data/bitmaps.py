@@ -50,7 +50,9 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
         image_headers.require(
             _is_one_of(bits, DEPTHS), ["expected a BMP of", DEPTHS, "bits per pixel, this one has", bits]
         ),
-        image_headers.require(plain, ["expected a BMP that is not compressed, with 8 bits each of red, green and blue"]),
+        image_headers.require(
+            plain, ["expected a BMP that is not compressed, with 8 bits each of red, green and blue"]
+        ),
         image_headers.require(whole, ["this BMP is truncated, or its header is damaged"]),
     ]
     with tf.control_dependencies(checks):

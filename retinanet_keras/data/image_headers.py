@@ -94,9 +94,7 @@ def _gif(encoded: tf.Tensor) -> tf.Tensor:
     def table_bytes(flags: tf.Tensor) -> tf.Tensor:  # size of the color table
         return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(tf.constant(2, tf.int64), flags % 8), 0)
 
-    def step(
-        position: tf.Tensor, in_subblocks: tf.Tensor, total: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def step(position: tf.Tensor, in_subblocks: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         kind = at(position)
         side = [at(position + 5 + 2 * i) + 256 * at(position + 6 + 2 * i) for i in (0, 1)]
         frame, extension = ~in_subblocks & (kind == 0x2C), ~in_subblocks & (kind == 0x21)

@@ -46,9 +46,7 @@ def _paths_and_names(paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[
                 skipped = len(named) - len(files)
                 logger.warning("%s: skipped %d paths that are not regular files, such as %s", path, skipped, other)
             if not files:
-                raise DataError(
-                    f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)}). Name a folder with images"
-                )
+                raise DataError(f"{path} holds no image files ({', '.join(IMAGE_SUFFIXES)}). Name a folder with images")
             yield from ((file, str(file.relative_to(path))) for file in files)
         elif path.is_file():
             yield path, path.name
