@@ -14,7 +14,6 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from retinanet_keras.config import DataConfig
-
 from retinanet_keras.data import augmentation, examples
 from retinanet_keras.data.buckets import TrainingOrder, divide
 from retinanet_keras.data.canvas import padded, resized
