@@ -153,7 +153,10 @@ ERRORS = {
     ),
     "no file_name": (lambda d: d.train["images"][1].pop("file_name"), "1 images without a `file_name`"),
     "no boxes": (lambda d: d.train["annotations"].clear(), "0 usable boxes in 6 images"),
-    "other categories": (lambda d: d.trees["val"]["categories"][1].update(name="cow"), "not those of train: val"),
+    "other categories": (
+        lambda d: d.trees["val"]["categories"][1].update(name="cow"),
+        "differ from those of train: val",
+    ),
     "no images": (lambda d: d.train["images"].clear(), "missing or empty: `images`"),
 }
 WARNINGS = {

@@ -87,7 +87,7 @@ def check_categories(rows: Sequence[dict[str, Any]]) -> tuple[list[Finding], npt
         findings; of the usable categories the ids, int64 [K] in increasing order, and the names [K].
     """
     ids, whole = _integers(rows, "id")
-    names = [row.get("name") for row in rows]
+    names: list[Any] = [row.get("name") for row in rows]
     named = np.array([isinstance(name, str) for name in names], bool)
     broken = np.array([isinstance(name, str) and not _is_text(name) for name in names], bool)
     usable = whole & named & ~broken
@@ -121,7 +121,7 @@ def check_images(
     """
     ids, whole = _integers(rows, "id")
     again = _repeated(ids, whole)
-    names = [row.get("file_name") for row in rows]
+    names: list[Any] = [row.get("file_name") for row in rows]
     named = np.array([isinstance(name, str) and name != "" for name in names], bool)
     heights, tall = _integers(rows, "height")
     widths, wide = _integers(rows, "width")
@@ -255,7 +255,7 @@ def show(value: Any) -> str:
 
 def _integers(rows: Sequence[dict[str, Any]], key: str, missing: int = 0) -> tuple[npt.NDArray, npt.NDArray]:
     """The values of a key, int64 [n], and which are whole numbers, bool [n]; the others are `missing`."""
-    values = [row.get(key) for row in rows]
+    values: list[Any] = [row.get(key) for row in rows]
     array = _array(values)
     if array.dtype.kind == "i" and array.shape == (len(values),) and not _has_booleans(values):
         return array.astype(np.int64), np.ones([len(values)], bool)
@@ -266,7 +266,7 @@ def _integers(rows: Sequence[dict[str, Any]], key: str, missing: int = 0) -> tup
 
 def _boxes(rows: Sequence[dict[str, Any]]) -> tuple[npt.NDArray, npt.NDArray]:
     """The `bbox`es, float64 [n, 4], and which are lists of four numbers, bool [n]; the others are zeros."""
-    values = [row.get("bbox") for row in rows]
+    values: list[Any] = [row.get("bbox") for row in rows]
     array = _array(values)
     plain = array.dtype.kind in "if" and array.shape == (len(values), 4)
     if plain and not _has_booleans(itertools.chain.from_iterable(values)):
@@ -308,7 +308,7 @@ def _repeated(values: npt.NDArray, valid: npt.NDArray) -> npt.NDArray:
     """Which valid values equal an earlier valid value, bool [n]."""
     rows = np.flatnonzero(valid)
     first = np.unique(values[rows], return_index=True)[1]
-    again = np.zeros([len(values)], bool)
+    again: npt.NDArray = np.zeros([len(values)], bool)
     again[np.delete(rows, first)] = True
     return again
 

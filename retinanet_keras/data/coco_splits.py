@@ -141,7 +141,7 @@ def _from_2014(config: DataConfig, name: str) -> Path:
         )
     folders = {year: _existing_folder(config, year) for year in files}
     target = Path(config.dir) / DERIVED / f"instances_{name}_of_2014.json"
-    made_of = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in needed]
+    made_of: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in needed]
     made_of += [str(folder) for folder in folders.values()]
     if target.is_file() and coco.read(target).get("made_of") == made_of:
         return target

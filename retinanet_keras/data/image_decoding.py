@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def encoded_reader(dataset: CocoDataset) -> Callable[[tf.Tensor], tf.Tensor]:
     return read
 
 
-def _read_span(file: str | bytes, span: Sequence[int] = (0, -1)) -> bytes:
+def _read_span(file: str | bytes | os.PathLike[str], span: Sequence[int] = (0, -1)) -> bytes:
     """Read part of a file; span: (offset of its first byte, number of bytes, -1 for the rest of the file)."""
     try:
         regular = stat.S_ISREG(os.stat(file).st_mode)
@@ -110,7 +111,7 @@ def decode_reduced(image_bytes: tf.Tensor, halvings: tf.Tensor) -> tuple[tf.Tens
     """
     halvings = tf.where(tf.io.is_jpeg(image_bytes), halvings, 0)
     ways = [lambda: decode(image_bytes)]
-    ways += [lambda ratio=ratio: tf.io.decode_jpeg(image_bytes, channels=3, ratio=ratio) for ratio in (2, 4, 8)]
+    ways += [functools.partial(tf.io.decode_jpeg, image_bytes, channels=3, ratio=ratio) for ratio in (2, 4, 8)]
     image = tf.switch_case(halvings, ways)
     return image, tf.bitwise.left_shift(1, halvings)
 

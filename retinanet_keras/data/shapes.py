@@ -109,7 +109,8 @@ def _is_done(directory: Path, stamp: dict[str, Any]) -> bool:
 
 
 def _write_split(directory: Path, split: str, count: int, config: ShapesConfig, bar: tqdm) -> None:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i in range(count):
         pixels, boxes, labels = render(
             config.seed, split, i, config.side, objects=config.objects, size=config.size, clutter=config.clutter
@@ -165,7 +166,8 @@ def render(
     empty = index % EMPTY_EVERY == EMPTY_EVERY - 1
     kinds = [] if empty else list(rng.choice(NAMES, rng.integers(1, objects + 1)))
     kinds += list(rng.choice(DISTRACTORS, rng.integers(1, clutter + 1)))
-    lengths = side * np.exp(rng.uniform(*np.log(size), len(kinds)))  # [n] pixels
+    shortest, longest = np.log(size)
+    lengths = side * np.exp(rng.uniform(shortest, longest, len(kinds)))  # [n] pixels
     lengths[[kind in DISTRACTORS for kind in kinds]] *= 0.6
     boxes, covered = np.zeros([0, 4]), np.zeros([0])
     labels: list[int] = []
@@ -264,7 +266,8 @@ def _position(
     limit = np.array([width, height, width, height])
     low, high = contour.min(axis=0) - stroke / 2, contour.max(axis=0) + stroke / 2
     slack = (high - low) * (0.3 if rng.random() < 0.25 else 0.0)  # a quarter may reach beyond the border
-    shifts = rng.uniform(*np.sort([-low - slack, limit[:2] - high + slack], axis=0), [30, 2])  # [T, 2]
+    first, last = np.sort([-low - slack, limit[:2] - high + slack], axis=0)
+    shifts = rng.uniform(first, last, [30, 2])  # [T, 2]
     candidates = np.clip(np.concatenate([low + shifts, high + shifts], axis=1), 0, limit)  # [T, 4]
     inside = (candidates[:, 2:] - candidates[:, :2]).prod(axis=1) >= LEAST_INSIDE * (high - low).prod()  # [T]
     overlap = np.minimum(boxes[:, 2:], candidates[:, None, 2:])

@@ -126,7 +126,7 @@ def _builder(config: DataConfig) -> Any:
             f"Similar names: {', '.join(known) or 'none'}"
         ) from None
     features = builder.info.features
-    objects = getattr(features["objects"], "feature", ()) if {"image", "objects"} <= set(features) else ()
+    objects: Any = getattr(features["objects"], "feature", ()) if {"image", "objects"} <= set(features) else ()
     if not ({"bbox", "label"} <= set(objects) and hasattr(objects["label"], "names")):
         raise DataError(
             f"data.name: expected a detection dataset with `image` and `objects` of `bbox` and `label` (a ClassLabel); "

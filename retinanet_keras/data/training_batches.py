@@ -87,7 +87,7 @@ def training_batches(
         while True:
             steps = order.epoch(number)[offset:]  # [S, batch_size]
             first = (number * order.steps_per_epoch + offset) * batch_size
-            samples = first + np.arange(steps.size).reshape(
+            samples: npt.NDArray = first + np.arange(steps.size).reshape(
                 steps.shape
             )  # numbers all images of a training in the order seen
             yield steps[:, shard].reshape(-1), samples[:, shard].reshape(-1)
