@@ -93,18 +93,29 @@ def check_categories(rows: Sequence[dict[str, Any]]) -> tuple[list[Finding], npt
     usable = whole & named & ~broken
     again = _repeated(ids, whole)
     findings = find(
-        "category", ERROR, ~usable, lambda i: f"categories[{i}] is {show(rows[i])}",
+        "category",
+        ERROR,
+        ~usable,
+        lambda i: f"categories[{i}] is {show(rows[i])}",
         "categories without a whole number as `id` and a string as `name`",
         "Add them; a name must not contain lone surrogates (\\ud800 to \\udfff).",
-    )  # fmt: skip
+    )
     findings += find(
-        "category-id-twice", ERROR, again, lambda i: f"{ids[i]} ({names[i]})",
-        "categories with a duplicate id", "Give each category its own id.",
-    )  # fmt: skip
+        "category-id-twice",
+        ERROR,
+        again,
+        lambda i: f"{ids[i]} ({names[i]})",
+        "categories with a duplicate id",
+        "Give each category its own id.",
+    )
     findings += find(
-        "category-name-twice", NOTE, _repeated(_codes(names), named), lambda i: names[i],
-        "categories with a duplicate name", "Results per class are listed by name: rename one of them.",
-    )  # fmt: skip
+        "category-name-twice",
+        NOTE,
+        _repeated(_codes(names), named),
+        lambda i: names[i],
+        "categories with a duplicate name",
+        "Results per class are listed by name: rename one of them.",
+    )
     valid = np.flatnonzero(usable & ~again)
     valid = valid[np.argsort(ids[valid], kind="stable")]
     return findings, ids[valid], tuple(names[i] for i in valid)
@@ -128,25 +139,45 @@ def check_images(
     sizes = np.stack([heights, widths], axis=1)  # [I, 2]
     sized = tall & wide & (sizes > 0).all(axis=1) & (sizes < 2**31).all(axis=1)
     findings = find(
-        "image-id", ERROR, ~whole, lambda i: f"images[{i}] has {show(rows[i].get('id'))}",
-        "images without a whole number as `id`", "Add it: annotations refer to it as `image_id`.",
-    )  # fmt: skip
+        "image-id",
+        ERROR,
+        ~whole,
+        lambda i: f"images[{i}] has {show(rows[i].get('id'))}",
+        "images without a whole number as `id`",
+        "Add it: annotations refer to it as `image_id`.",
+    )
     findings += find(
-        "image-id-twice", ERROR, again, lambda i: f"{ids[i]} ({names[i]})",
-        "images with a duplicate id", "Give each image its own id, and use it as `image_id` of its annotations.",
-    )  # fmt: skip
+        "image-id-twice",
+        ERROR,
+        again,
+        lambda i: f"{ids[i]} ({names[i]})",
+        "images with a duplicate id",
+        "Give each image its own id, and use it as `image_id` of its annotations.",
+    )
     findings += find(
-        "file-name", ERROR, ~named, lambda i: f"images[{i}] has {show(names[i])}",
-        "images without a `file_name`", "Add it: the path of the file relative to the image folder.",
-    )  # fmt: skip
+        "file-name",
+        ERROR,
+        ~named,
+        lambda i: f"images[{i}] has {show(names[i])}",
+        "images without a `file_name`",
+        "Add it: the path of the file relative to the image folder.",
+    )
     findings += find(
-        "image-size", ERROR, ~sized, lambda i: f"{names[i]} has {show([rows[i].get('width'), rows[i].get('height')])}",
-        "images without whole numbers above 0 as `width` and `height`", "Enter the sizes of the image files.",
-    )  # fmt: skip
+        "image-size",
+        ERROR,
+        ~sized,
+        lambda i: f"{names[i]} has {show([rows[i].get('width'), rows[i].get('height')])}",
+        "images without whole numbers above 0 as `width` and `height`",
+        "Enter the sizes of the image files.",
+    )
     findings += find(
-        "file-twice", NOTE, _repeated(_codes(names), named), lambda i: names[i],
-        "images with a duplicate file", "The same picture counts more than once: remove one of them.",
-    )  # fmt: skip
+        "file-twice",
+        NOTE,
+        _repeated(_codes(names), named),
+        lambda i: names[i],
+        "images with a duplicate file",
+        "The same picture counts more than once: remove one of them.",
+    )
     valid = np.flatnonzero(whole & named & sized & ~again)
     return findings, ids[whole], ids[valid], [names[i] for i in valid], sizes[valid].astype(np.int32)
 
@@ -206,37 +237,63 @@ def check_annotations(
         return annotation
 
     findings = find(
-        "annotation-image", ERROR, ~known, describe("image_id"),
-        "annotations of an image that is not in `images`", "Remove them, or add the images.",
-    )  # fmt: skip
+        "annotation-image",
+        ERROR,
+        ~known,
+        describe("image_id"),
+        "annotations of an image that is not in `images`",
+        "Remove them, or add the images.",
+    )
     findings += find(
-        "annotation-category", ERROR, label < 0, describe("category_id"),
-        "annotations of a category that is not in `categories`", f"Use one of its ids: {show(category_ids.tolist())}.",
-    )  # fmt: skip
+        "annotation-category",
+        ERROR,
+        label < 0,
+        describe("category_id"),
+        "annotations of a category that is not in `categories`",
+        f"Use one of its ids: {show(category_ids.tolist())}.",
+    )
     findings += find(
-        "bbox", ERROR, ~is_box, describe("bbox"),
-        "annotations whose `bbox` is not 4 numbers", "Expected [x, y, width, height] in pixels.",
-    )  # fmt: skip
+        "bbox",
+        ERROR,
+        ~is_box,
+        describe("bbox"),
+        "annotations whose `bbox` is not 4 numbers",
+        "Expected [x, y, width, height] in pixels.",
+    )
     findings += find(
-        "annotation-id", NOTE, ~whole, describe("id"),
-        "annotations without a whole number as `id`", "Harmless here, but pycocotools needs one for each.",
-    )  # fmt: skip
+        "annotation-id",
+        NOTE,
+        ~whole,
+        describe("id"),
+        "annotations without a whole number as `id`",
+        "Harmless here, but pycocotools needs one for each.",
+    )
     findings += find(
-        "annotation-id-twice", NOTE, _repeated(ids, whole), describe("image_id"),
-        "annotations with a duplicate id", "Harmless here, but other tools keep only one box per id: renumber them.",
-    )  # fmt: skip
+        "annotation-id-twice",
+        NOTE,
+        _repeated(ids, whole),
+        describe("image_id"),
+        "annotations with a duplicate id",
+        "Harmless here, but other tools keep only one box per id: renumber them.",
+    )
     for reason in (NOT_FINITE, NO_AREA, OUTSIDE):
         findings += find(
-            reason.replace(" ", "-"), WARNING, ignored[reason], describe("bbox"),
+            reason.replace(" ", "-"),
+            WARNING,
+            ignored[reason],
+            describe("bbox"),
             f"boxes {reason}",
             "They are ignored in training, but count against AP. A `bbox` is [x, y, width, height] in pixels.",
-        )  # fmt: skip
+        )
     findings += find(
-        "overhang", NOTE, box & inside & (beyond > OVERHANG), describe("bbox"),
+        "overhang",
+        NOTE,
+        box & inside & (beyond > OVERHANG),
+        describe("bbox"),
         "boxes that reach more than a pixel beyond the image",
         "They are clipped. If there are many, `bbox` may hold x1, y1, x2, y2 instead of x, y, width, height, or the "
         "annotations were made on files of another size.",
-    )  # fmt: skip
+    )
 
     valid = np.flatnonzero(box & inside)
     valid = valid[np.argsort(image[valid], kind="stable")]

@@ -85,20 +85,30 @@ def check(dataset: coco.CocoDataset, title: str) -> tuple[list[coco_rules.Findin
 
     findings = missing([path for path, mode in zip(paths, modes, strict=True) if mode == MISSING])
     findings += coco_rules.find(
-        "image-unreadable", ERROR, unreadable, lambda i: files[i].problem,
-        "image files that cannot be decoded", "Download them again, or convert them to JPEG or PNG.",
-    )  # fmt: skip
+        "image-unreadable",
+        ERROR,
+        unreadable,
+        lambda i: files[i].problem,
+        "image files that cannot be decoded",
+        "Download them again, or convert them to JPEG or PNG.",
+    )
     exif = " Some of them have an EXIF rotation, which is ignored." if (differ & rotated).any() else ""
     findings += coco_rules.find(
-        "image-size-differs", ERROR, differ,
+        "image-size-differs",
+        ERROR,
+        differ,
         lambda i: f"{paths[i]} is {sizes[i, 1]}x{sizes[i, 0]}, the JSON says {annotated[i, 1]}x{annotated[i, 0]}",
         "images whose width x height differs from the JSON",
         f"Their boxes may be misplaced: use the files that were annotated, and enter their sizes in the JSON.{exif}",
-    )  # fmt: skip
+    )
     findings += coco_rules.find(
-        "exif-rotated", WARNING, rotated, lambda i: paths[i], "images with an EXIF rotation",
+        "exif-rotated",
+        WARNING,
+        rotated,
+        lambda i: paths[i],
+        "images with an EXIF rotation",
         "It is ignored everywhere: boxes must refer to the pixels as stored. Preferably store the images upright.",
-    )  # fmt: skip
+    )
     for mode, what, effect in CONVERTED:
         findings += coco_rules.find(f"mode-{mode.lower()}", NOTE, modes == mode, lambda i: paths[i], what, effect)
     usable = np.flatnonzero((modes != MISSING) & ~unreadable & ~differ)
@@ -109,22 +119,33 @@ def findings_of(dataset: coco.CocoDataset) -> list[coco_rules.Finding]:
     """Faults that can be detected without opening a file: missing or not regular files, and too large images."""
     absent, irregular = coco.unusable_files(dataset)
     findings = missing(absent) + coco_rules.find(
-        "file-not-regular", ERROR, np.ones([len(irregular)], bool), lambda i: irregular[i],
-        "images that are not regular files", "Replace folders, named pipes and devices by image files.",
-    )  # fmt: skip
+        "file-not-regular",
+        ERROR,
+        np.ones([len(irregular)], bool),
+        lambda i: irregular[i],
+        "images that are not regular files",
+        "Replace folders, named pipes and devices by image files.",
+    )
     if dataset.max_pixels is None:
         return findings
     pixels = dataset.sizes.astype(np.int64).prod(axis=1)
     return findings + coco_rules.find(
-        "image-too-large", ERROR, pixels > dataset.max_pixels, lambda i: f"{dataset.name_of(i)} has {pixels[i]:,}",
+        "image-too-large",
+        ERROR,
+        pixels > dataset.max_pixels,
+        lambda i: f"{dataset.name_of(i)} has {pixels[i]:,}",
         f"images of more than data.max_pixels, {dataset.max_pixels:,}",
         "Make them smaller, or raise the limit: decoding needs 3 bytes per pixel, 9 for a progressive JPEG.",
-    )  # fmt: skip
+    )
 
 
 def missing(paths: Sequence[str]) -> list[coco_rules.Finding]:
     """Report files that do not exist, if there are any."""
     return coco_rules.find(
-        "file-missing", ERROR, np.ones([len(paths)], bool), lambda i: paths[i], "image files that do not exist",
+        "file-missing",
+        ERROR,
+        np.ones([len(paths)], bool),
+        lambda i: paths[i],
+        "image files that do not exist",
         "Correct data.dir or data.images, the folder that file_name is relative to.",
-    )  # fmt: skip
+    )

@@ -119,9 +119,13 @@ def _no_boxes(dataset: CocoDataset, level: str) -> list[coco_rules.Finding]:
 def _unseen(dataset: CocoDataset) -> list[coco_rules.Finding]:
     counts = np.bincount(dataset.labels, minlength=len(dataset.categories))
     return coco_rules.find(
-        "category-unseen", WARNING, counts == 0, lambda i: dataset.categories.names[i],
-        "categories without a box", "The model cannot learn them: add boxes, or remove these categories.",
-    )  # fmt: skip
+        "category-unseen",
+        WARNING,
+        counts == 0,
+        lambda i: dataset.categories.names[i],
+        "categories without a box",
+        "The model cannot learn them: add boxes, or remove these categories.",
+    )
 
 
 def _reach(
@@ -175,10 +179,13 @@ def _between(datasets: dict[str, CocoDataset]) -> list[coco_rules.Finding]:
         for other in list(datasets)[n + 1 :]:
             shared = sorted(_image_names(datasets[split]) & _image_names(datasets[other]))
             findings += coco_rules.find(
-                "split-overlap", WARNING, np.ones([len(shared)], bool), shared.__getitem__,
+                "split-overlap",
+                WARNING,
+                np.ones([len(shared)], bool),
+                shared.__getitem__,
                 f"images that are both in {split} and in {other}",
                 "Remove them from one split: results on training images do not measure generalization.",
-            )  # fmt: skip
+            )
     return findings
 
 
