@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import Image, PngImagePlugin
 
 from retinanet_keras.config import config_from_dict
-from retinanet_keras.data import coco, dataset_formats, image_decoding, inference_batches, training_batches
+from retinanet_keras.data import coco, coco_splits, dataset_formats, image_decoding, inference_batches, training_batches
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.dataset_check import inspection
 from retinanet_keras.dataset_check.image_files import examine_image
@@ -53,7 +53,7 @@ def made(tmp_path):
             with open(os.path.join(os.fsencode(tmp_path / "images"), os.fsencode(name)), "wb") as file:
                 file.write(buffer.getvalue())
         for split in ("train", "val"):
-            image_decoding.splits.write(tmp_path / f"annotations/instances_{split}.json", *map(tree.get, tree_keys))
+            coco_splits.write(tmp_path / f"annotations/instances_{split}.json", *map(tree.get, tree_keys))
         data = {"source": "coco", "dir": str(tmp_path), "short_side": 48, "max_side": 64, "train_split": "train",
                 "val_split": "val", **settings}  # fmt: skip
         return config_from_dict({"data": data}), tmp_path / "images"
