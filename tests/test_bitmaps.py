@@ -88,14 +88,14 @@ FAULTS = {
     "run-length 4": (changed(indexed(4)[0], 30, "<I", 2), "not compressed"),
     "16 bits": (changed(indexed(8)[0], 28, "<H", 16), "bits per pixel, this one has"),
     "other masks": (changed(saved(picture().convert("RGBA")), 30, "<I", 3), "not compressed"),
-    "cut off": (indexed(8)[0][:-1], "cut off"),
-    "a head alone": (indexed(8)[0][:30], "cut off"),
+    "truncated": (indexed(8)[0][:-1], "truncated"),
+    "a head alone": (indexed(8)[0][:30], "truncated"),
     "two letters": (b"BM", "bits per pixel"),
-    "no width": (changed(indexed(8)[0], 18, "<i", 0), "cut off"),
-    "negative width": (changed(indexed(8)[0], 18, "<i", -21), "cut off"),
-    "no height": (changed(indexed(8)[0], 22, "<i", 0), "cut off"),
-    "giant": (changed(indexed(8)[0], 18, "<ii", 2**31 - 1, -(2**31)), "cut off"),
-    "pixels within the header": (changed(indexed(8)[0], 10, "<I", 20), "cut off"),
+    "no width": (changed(indexed(8)[0], 18, "<i", 0), "truncated"),
+    "negative width": (changed(indexed(8)[0], 18, "<i", -21), "truncated"),
+    "no height": (changed(indexed(8)[0], 22, "<i", 0), "truncated"),
+    "giant": (changed(indexed(8)[0], 18, "<ii", 2**31 - 1, -(2**31)), "truncated"),
+    "pixels within the header": (changed(indexed(8)[0], 10, "<I", 20), "truncated"),
 }
 
 

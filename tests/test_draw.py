@@ -56,8 +56,8 @@ def test_colors_are_distinct_and_fixed():
 @pytest.fixture
 def tags(monkeypatch):
     """The places of the tags drawn, (x1, y1, x2, y2) each."""
-    places, place = [], draw._place
-    monkeypatch.setattr(draw, "_place", lambda *args: places.append(place(*args)) or places[-1])
+    places, place = [], draw._tag_position
+    monkeypatch.setattr(draw, "_tag_position", lambda *args: places.append(place(*args)) or places[-1])
     return places
 
 

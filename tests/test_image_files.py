@@ -15,7 +15,7 @@ from retinanet_keras.config import config_from_dict
 from retinanet_keras.data import coco, coco_splits, dataset_formats, image_decoding, inference_batches, training_batches
 from retinanet_keras.data.listing import image_files
 from retinanet_keras.dataset_check import inspection
-from retinanet_keras.dataset_check.image_files import look_at
+from retinanet_keras.dataset_check.image_files import examine_image
 from retinanet_keras.errors import DataError
 
 pytestmark = pytest.mark.eager
@@ -94,7 +94,7 @@ def test_a_command_line_takes_regular_files_alone(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "retinanet_keras"):
         found = image_files([tmp_path])
     assert found == [(tmp_path / "a.png", "a.png"), (tmp_path / "folder.png" / "c.png", "folder.png/c.png")]
-    assert "skipped 1 that are not regular files, such as" in caplog.text and "b.png" in caplog.text
+    assert "skipped 1 paths that are not regular files, such as" in caplog.text and "b.png" in caplog.text
     with pytest.raises(DataError, match="b.png is not a regular file"):
         image_files([tmp_path / "b.png"])
     with pytest.raises(DataError, match="/dev/zero is not a regular file"):
@@ -128,7 +128,7 @@ def test_inspect_decodes_no_image_that_is_too_large_by_its_header(made, monkeypa
     dataset, loaded, load = dataset_formats.open_split(config.data, "train"), [], PngImagePlugin.PngImageFile.load
     Image.new("RGB", (64, 49)).save(images / "b.png")
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: loaded.append(self.size) or load(self))
-    files = [look_at(dataset, i) for i in (0, 1)]
+    files = [examine_image(dataset, i) for i in (0, 1)]
     assert loaded == [(64, 48)] and "3,136 pixels by its header" in files[1].problem
     assert [file.mode for file in files] == ["RGB", "RGB"]
 
@@ -138,7 +138,7 @@ def test_inspect_leaves_other_formats_and_damaged_files_to_the_decoder_and_hides
     dataset = dataset_formats.open_split(config.data, "train")
     Image.new("RGB", (64, 48)).save(images / "a.png", "TIFF")
     (images / "b.png").write_bytes((images / "b.png").read_bytes()[:40])
-    for file in (look_at(dataset, 0), look_at(dataset, 1)):
+    for file in (examine_image(dataset, 0), examine_image(dataset, 1)):
         assert file.mode == "unknown" and "cannot be read as an image" in file.problem
 
     def fail(*_):
@@ -146,7 +146,7 @@ def test_inspect_leaves_other_formats_and_damaged_files_to_the_decoder_and_hides
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "getexif", fail)
     with pytest.raises(AttributeError, match="of the check"):
-        look_at(dataset, 2)
+        examine_image(dataset, 2)
 
 
 def test_images_that_are_too_large_by_their_annotations_stop_at_once(made):

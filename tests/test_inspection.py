@@ -142,18 +142,21 @@ ERRORS = {
     "other size": (other_size, "train_1.jpg is 48x64, the JSON says 64x48"),
     "image id twice": (
         lambda d: d.train["images"][1].update(id=1),
-        r"1 images whose id another has: 1 \(train_1.jpg\)",
+        r"1 images with a duplicate id: 1 \(train_1.jpg\)",
     ),
     "unknown image": (lambda d: d.add(image_id=77), r"not in `images`: annotation 106 \(image_id 77\)"),
     "unknown category": (lambda d: d.add(category_id=9), r"not in `categories`: annotation 106 \(category_id 9\)"),
     "bbox of three": (lambda d: d.add(bbox=[1, 2, 3]), "1 annotations whose `bbox` is not 4 numbers"),
     "category id twice": (
         lambda d: d.train["categories"][1].update(id=1),
-        r"categories whose id another has: 1 \(dog\)",
+        r"categories with a duplicate id: 1 \(dog\)",
     ),
     "no file_name": (lambda d: d.train["images"][1].pop("file_name"), "1 images without a `file_name`"),
     "no boxes": (lambda d: d.train["annotations"].clear(), "0 usable boxes in 6 images"),
-    "other categories": (lambda d: d.trees["val"]["categories"][1].update(name="cow"), "not those of train: val"),
+    "other categories": (
+        lambda d: d.trees["val"]["categories"][1].update(name="cow"),
+        "differ from those of train: val",
+    ),
     "no images": (lambda d: d.train["images"].clear(), "missing or empty: `images`"),
 }
 WARNINGS = {
@@ -162,12 +165,12 @@ WARNINGS = {
     "zero area": (lambda d: d.add(bbox=[8, 8, 0, 5]), "1 boxes without area: annotation 106"),
     "inverted": (lambda d: d.add(bbox=[30, 30, -10, -10]), "1 boxes without area: annotation 106"),
     "NaN": (lambda d: d.add(bbox=[float("nan"), 8, 5, 5]), "1 boxes not finite: annotation 106"),
-    "annotation id twice": (lambda d: d.add(id=1), "1 annotations whose id another has: annotation 1"),
+    "annotation id twice": (lambda d: d.add(id=1), "1 annotations with a duplicate id: annotation 1"),
     "category name twice": (
         lambda d: d.train["categories"][1].update(name="cat"),
-        "1 categories whose name another has",
+        "1 categories with a duplicate name",
     ),
-    "file twice": (lambda d: d.train["images"][1].update(file_name="train_0.jpg"), "1 images whose file another has"),
+    "file twice": (lambda d: d.train["images"][1].update(file_name="train_0.jpg"), "1 images with a duplicate file"),
     "EXIF": (exif, "1 images with an EXIF rotation: .*train_4.jpg"),
     "grayscale": (gray, "1 grayscale images: .*train_0.jpg"),
     "CMYK": (cmyk, "1 CMYK images: .*train_0.jpg"),
@@ -223,7 +226,7 @@ def test_a_split_that_cannot_be_read_does_not_stop_the_others(dataset):
     (dataset.folder / "annotations" / "instances_train.json").write_text("{")
     report = inspection.inspect(dataset.config(data={"test_split": "test"}), dataset.folder / "out")
     assert ["train: " in e or "test: " in e for e in report["errors"]] == [True, True]
-    assert "is not valid JSON" in report["errors"][0] and "No annotations" in report["errors"][1]
+    assert "is not valid JSON" in report["errors"][0] and "instances_test.json does not exist" in report["errors"][1]
     assert list(report["splits"]) == ["val"]
 
 

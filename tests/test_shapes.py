@@ -138,7 +138,7 @@ def test_generate_once(tmp_path):
     shapes.generate(folder, config)
     assert mark.read_text() == "changed"
     other = ShapesConfig(train_images=1, val_images=1, test_images=1, side=64, seed=9)
-    with pytest.raises(DataError, match="seed 0 there, 9 here.*data.dir"):
+    with pytest.raises(DataError, match="seed is 0 there and 9 in this configuration.*data.dir"):
         shapes.generate(folder, other)
     assert mark.read_text() == "changed"
 
@@ -156,7 +156,7 @@ def test_a_folder_older_than_a_setting_serves_where_that_is_the_default(tmp_path
 
 def test_generate_leaves_other_folders_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds other files.*data.dir"):
+    with pytest.raises(DataError, match="holds files other than.*data.dir"):
         shapes.generate(tmp_path, SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(DataError, match="is a file"):

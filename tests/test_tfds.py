@@ -81,8 +81,8 @@ def test_several_splits_make_one_and_images_without_boxes_are_skipped_where_aske
 def test_the_index_is_made_once_and_again_where_the_files_have_changed(config, monkeypatch):
     from retinanet_keras.data import tfds
 
-    made, original = [], tfds._go_through
-    monkeypatch.setattr(tfds, "_go_through", lambda *args: made.append(args) or original(*args))
+    made, original = [], tfds._read_examples
+    monkeypatch.setattr(tfds, "_read_examples", lambda *args: made.append(args) or original(*args))
     first = dataset_formats.open_split(config, "test")
     dataset_formats.open_split(config, "test")
     assert len(made) == 1

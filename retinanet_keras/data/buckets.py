@@ -1,26 +1,34 @@
-"""Which training images share a canvas, and which a step. NumPy only.
+"""Which training images share a canvas, and which of them share a step. NumPy only.
 
-A bucket is a set of images with one canvas: one static shape for XLA. The canvas is the smallest that holds them all,
-and the images are divided so that the canvases' pixels, summed over the images, are as few as possible.
+A bucket is a set of images padded to the same size, their canvas: one static shape for XLA. The canvas is the smallest
+that holds all images of the bucket, and the images are divided into buckets so that the total number of canvas pixels
+is as small as possible.
 """
 
-import numpy as np
+from __future__ import annotations
 
-# A bucket fills its last batch with further images of its own. A split leaves each part at least so many that, at the
-# paper's 16 images a step, none of them comes more than a quarter more often than it should; this project's choice.
+import numpy as np
+import numpy.typing as npt
+
+# The last batch of a bucket is filled with further images of that bucket. With buckets of at least this many images, at
+# the paper's 16 images per step, no image is seen more than a quarter more often than it should; this project's choice.
 SMALLEST = 64
 
 
-def divide(fitted, portrait, count, smallest=SMALLEST):
-    """Divide images among at most `count` canvases; fewer where another would save nothing.
+def divide(
+    fitted: npt.ArrayLike, portrait: npt.ArrayLike, count: int, smallest: int = SMALLEST
+) -> tuple[npt.NDArray, npt.NDArray]:
+    """Divide images among at most `count` canvases; fewer if another one would save nothing.
 
-    One canvas serves all. Two or more: landscape and portrait apart, as in Detectron's batches, and then, while there
-    are fewer than `count`, the bucket whose best split saves most is split. For three that is the best there is with
-    the orientations apart.
+    One canvas serves all images. With two or more, landscape and portrait images are separated, as in Detectron's
+    batches; then, as long as there are fewer than `count` buckets, the bucket whose best split saves most is split. For
+    three canvases this is the optimum among divisions that separate the orientations.
 
     Args:
-        fitted: int [N, 2], height and width of the smallest canvas of each image.
-        portrait: bool [N].
+        fitted: int [N, 2]. Height and width of the smallest canvas of each image.
+        portrait: bool [N]. Whether each image is higher than wide.
+        count: int. Largest number of canvases.
+        smallest: int. Smallest number of images in a bucket that results from a split.
 
     Returns:
         canvases, int32 [C, 2], heights and widths; bucket, int64 [N], the index of each image's canvas.
@@ -33,14 +41,14 @@ def divide(fitted, portrait, count, smallest=SMALLEST):
     )
     canvases = [fitted[bucket == b].max(axis=0) for b in np.unique(bucket)]
     while len(canvases) < count:
-        best = (0, None)
+        best: tuple = (0, None)
         for b, canvas in enumerate(canvases):
             members = np.flatnonzero(bucket == b)
             second = split(fitted[members], smallest)
             if second is not None:
                 parts = members[~second], members[second]
                 saved = len(members) * canvas.prod() - sum(_pixels(fitted[part]) for part in parts)
-                best = max(best, (saved, parts), key=lambda found: found[0])
+                best = max(best, (saved, parts), key=lambda candidate: candidate[0])
         if best[1] is None:
             break
         first, second = best[1]
@@ -50,19 +58,19 @@ def divide(fitted, portrait, count, smallest=SMALLEST):
     return np.array(canvases, np.int32).reshape(-1, 2), bucket
 
 
-def split(fitted, smallest=1):
-    """The division of images between two canvases that needs the fewest pixels.
+def split(fitted: npt.NDArray, smallest: int = 1) -> npt.NDArray | None:
+    """Divide images between two canvases so that the total number of pixels is smallest.
 
     Of any two canvases that hold all images, one is as high as the highest image and one as wide as the widest. Either
-    it is the same one, and the other is smaller both ways, or one is high and narrow and the other low and wide. So the
-    heights and widths that occur are all there is to search: 42 each at the paper's 1333 pixels.
+    these are the same canvas, and the other is smaller in both directions, or one is high and narrow and the other low
+    and wide. So only the heights and widths that occur have to be tried: 42 each at the paper's 1333 pixels.
 
     Args:
-        fitted: int [N, 2], height and width of the smallest canvas of each image.
-        smallest: how many images each part must have at least, where what fits both canvases has the smaller one.
+        fitted: int [N, 2]. Height and width of the smallest canvas of each image.
+        smallest: int. Smallest number of images on each canvas; images that fit both get the smaller canvas.
 
     Returns:
-        bool [N], which images have the second canvas; None where no split needs fewer pixels than one canvas for all.
+        bool [N], which images get the second canvas; None if no split needs fewer pixels than one canvas for all.
     """
     heights, row = np.unique(fitted[:, 0], return_inverse=True)
     widths, column = np.unique(fitted[:, 1], return_inverse=True)
@@ -75,7 +83,7 @@ def split(fitted, smallest=1):
     # The second canvas is low and narrow, the first holds the rest.
     nested = within * heights[:, None] * widths + (everything - within) * heights[-1] * widths[-1]
     nested = _where_possible(nested, within, everything, smallest)
-    # The second canvas is low and wide, the first high and narrow; what fits both has the smaller one.
+    # The second canvas is low and wide, the first high and narrow; images that fit both get the smaller one.
     wide_is_smaller = wide_pixels <= high_pixels
     crossed = (low - within) * wide_pixels + (narrow - within) * high_pixels
     crossed = crossed + within * np.minimum(wide_pixels, high_pixels)
@@ -95,32 +103,36 @@ def split(fitted, smallest=1):
 _NEVER = np.iinfo(np.int64).max
 
 
-def _where_possible(pixels, images, everything, smallest):
+def _where_possible(pixels: npt.NDArray, images: npt.NDArray, everything: int, smallest: int) -> npt.NDArray:
     return np.where((images >= smallest) & (everything - images >= smallest), pixels, _NEVER)
 
 
-def _pixels(fitted):
-    """Pixels of one canvas for these images, times their number."""
+def _pixels(fitted: npt.NDArray) -> int:
+    """Pixels of the smallest common canvas of some images, times the number of images."""
     return len(fitted) * fitted.max(axis=0).prod()
 
 
 class TrainingOrder:
-    """Which images a step sees: a pure function of the step, so that a resumed run sees what it would have seen.
+    """Which images each step sees: a function of the step alone, so that a resumed run continues with the same images.
 
-    Each epoch is a new shuffle. Batches hold images of one bucket, and the last of each bucket is filled from a
-    further shuffle, so that every image comes at least once.
+    Each epoch is a new shuffle. Each batch holds images of one bucket, and the last batch of a bucket is filled from a
+    further shuffle, so that every image is seen at least once per epoch.
+
+    Args:
+        bucket: int [N]. The bucket of each image.
+        batch_size: int. Images per step, over all devices.
+        seed: int. Seed of the shuffles.
     """
 
-    def __init__(self, bucket, batch_size, seed):
-        """bucket: int [N], each image's; batch_size: images of a step, over all devices."""
+    def __init__(self, bucket: npt.NDArray, batch_size: int, seed: int) -> None:
         self.groups = [np.flatnonzero(bucket == b) for b in np.unique(bucket)]
         self.batch_size, self.seed = batch_size, seed
         self.batches = [-(-len(group) // batch_size) for group in self.groups]
         self.steps_per_epoch = sum(self.batches)
-        self._cached = (None, None)
+        self._cached: tuple = (None, None)
 
-    def epoch(self, number):
-        """int64 [steps_per_epoch, batch_size], the indices of the epoch's images."""
+    def epoch(self, number: int) -> npt.NDArray:
+        """The indices of an epoch's images, int64 [steps_per_epoch, batch_size]; epochs are counted from 0."""
         if self._cached[0] != number:
             rng = np.random.default_rng([self.seed, number])
             rows = []
@@ -132,6 +144,6 @@ class TrainingOrder:
             self._cached = (number, rng.permutation(np.concatenate(rows)))
         return self._cached[1]
 
-    def batch(self, step):
-        """int64 [batch_size], the indices of the images of a step, counted from 0."""
+    def batch(self, step: int) -> npt.NDArray:
+        """The indices of a step's images, int64 [batch_size]; steps are counted from 0."""
         return self.epoch(step // self.steps_per_epoch)[step % self.steps_per_epoch]

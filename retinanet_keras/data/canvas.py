@@ -1,8 +1,13 @@
-"""The canvas of an image: the size it is resized to, the padding around it, and the way back.
+"""The canvas of an image: the size it is resized to, the padding around it, and the way back for boxes.
 
-The shorter side becomes `short_side`, the longer at most `max_side`; padding goes right and bottom, in the mean color,
-up to the next multiples of 32. At inference that is a function of the image's own size alone.
+The shorter side becomes `short_side` pixels, the longer at most `max_side`. Padding in the mean color is added at the
+right and the bottom, up to the next multiples of 32. At inference the canvas depends only on the image's own size.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -10,11 +15,13 @@ from retinanet_keras.data import augmentation
 from retinanet_keras.model import SIZE_MULTIPLE
 
 
-def resized(sizes, short_side, max_side):
-    """What an image is resized to.
+def resized(sizes: Any, short_side: int, max_side: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The size that an image is resized to, and its scale.
 
     Args:
-        sizes: [..., 2], height and width in pixels.
+        sizes: [..., 2]. Height and width in pixels.
+        short_side: int. Length of the shorter side after resizing.
+        max_side: int. Largest length of the longer side after resizing.
 
     Returns:
         int32 [..., 2], height and width, at least 1; and the scale, float32 [...], network pixels per image pixel.
@@ -25,18 +32,29 @@ def resized(sizes, short_side, max_side):
     return tf.cast(tf.clip_by_value(target, 1.0, float(max_side)), tf.int32), scale
 
 
-def padded(size):
-    """The next multiples of 32; size: ints or integer tensors [..., 2]."""
+def padded(size: Any) -> Any:
+    """Round a size up to the next multiples of 32.
+
+    Args:
+        size: int, or integer array or tensor [..., 2].
+    """
     return (size + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE  # ONNX rounds negative quotients up
 
 
-def fit(images, short_side, max_side, canvas=None, resize=augmentation.resize):
+def fit(
+    images: tf.Tensor,
+    short_side: int,
+    max_side: int,
+    canvas: Any = None,
+    resize: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] = augmentation.resize,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Resize and pad images of one size.
 
     Args:
         images: uint8 [B, H, W, 3].
-        canvas: int [2], height and width to pad to; None: the next multiples of 32.
-        resize: `augmentation.resize`, or what does the same.
+        short_side, max_side: int. See `resized`.
+        canvas: int [2]. Height and width to pad to; None: the next multiples of 32.
+        resize: `augmentation.resize`, or a function with the same results.
 
     Returns:
         uint8 [B, H', W', 3]; the size before padding, int32 [2]; the scale, float32 scalar.
@@ -46,13 +64,16 @@ def fit(images, short_side, max_side, canvas=None, resize=augmentation.resize):
     return augmentation.pad(resize(images, size), canvas), size, scale
 
 
-def to_original(boxes, scale, sizes):
-    """Boxes of the network's pixels in those of the image given, clipped to it.
+def to_original(boxes: tf.Tensor, scale: Any, sizes: Any) -> tf.Tensor:
+    """Convert boxes from network pixels to pixels of the original image, clipped to it.
 
     Args:
-        boxes: [B, N, 4], x1, y1, x2, y2.
-        scale: scalar or [B], network pixels per image pixel.
-        sizes: [2] or [B, 2], height and width of the images given.
+        boxes: float32 [B, N, 4]. x1, y1, x2, y2 in network pixels.
+        scale: scalar or [B]. Network pixels per image pixel.
+        sizes: [2] or [B, 2]. Height and width of the original images.
+
+    Returns:
+        float32 [B, N, 4].
     """
     sizes = tf.cast(tf.reshape(sizes, (-1, 2)), tf.float32)
     limit = tf.gather(sizes, [1, 0, 1, 0], axis=1)[:, None]  # [B or 1, 1, 4]

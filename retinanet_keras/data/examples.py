@@ -1,22 +1,35 @@
-"""One image and its boxes from the files: at reduced scale where that is enough, another in place of a bad one."""
+"""Reading one training or evaluation example: an image and its boxes.
+
+Large JPEGs can be decoded at reduced scale, and an image that cannot be used can be replaced by another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from retinanet_keras.data import image_decoding
+from retinanet_keras.data.coco import CocoDataset
 
 REPLACEMENTS = 3  # how many other images are tried in place of one that cannot be used; this project's choice
 
+Reader = Callable[[tf.Tensor], tuple[tf.Tensor, dict[str, tf.Tensor]]]
 
-def example_reader(dataset, halvings=None):
-    """A function of the graph: index -> (image uint8 [H, W, 3], dict of boxes [N, 4], labels [N], image_id).
 
-    N is the dataset's largest number of boxes; rows past an image's own have box 0 and label -1. Boxes are in the
-    pixels of the file, whatever its reduction. An image that cannot be decoded or is not of its annotation's size is an
-    error.
+def example_reader(dataset: CocoDataset, halvings: npt.ArrayLike | None = None) -> Reader:
+    """A graph function: index -> (image uint8 [H, W, 3], dict of boxes [N, 4], labels [N], image_id).
+
+    N is the dataset's largest number of boxes in an image; rows after an image's last box have box 0 and label -1.
+    Boxes are in pixels of the file, even if the image is decoded at reduced scale. An image that cannot be decoded or
+    differs in size from its annotation is an error.
 
     Args:
-        halvings: int [N], how often a JPEG's sides may be halved in decoding, see `image_decoding.decode_reduced`.
+        dataset: CocoDataset.
+        halvings: int [N]. How often a JPEG's sides may be halved in decoding, see `image_decoding.decode_reduced`.
     """
     encoded_of, ids = image_decoding.encoded_reader(dataset), tf.constant(dataset.image_ids)
     sizes, offsets = tf.constant(dataset.sizes), tf.constant(dataset.offsets)
@@ -24,7 +37,7 @@ def example_reader(dataset, halvings=None):
     if halvings is not None:
         halvings = tf.constant(halvings, tf.int32)
 
-    def read(index):
+    def read(index: tf.Tensor) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
         encoded, size = encoded_of(index), sizes[index]
         if halvings is None:
             image = image_decoding.decode(encoded)
@@ -45,24 +58,32 @@ def example_reader(dataset, halvings=None):
     return read
 
 
-def replacing(read, dataset, bucket, seed, skipped=None):
-    """A function of the graph: (index, sample) -> (index, what `read` gives of it), of another image where it fails.
+def replacing(
+    read: Reader,
+    dataset: CocoDataset,
+    bucket: npt.NDArray,
+    seed: int,
+    skipped: Callable[[int, str], Any] | None = None,
+) -> Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]]:
+    """A graph function: (index, sample) -> (index, image, truth), of another image if `read` fails.
 
-    The others are drawn from the image's bucket by (seed, sample), so that what a step sees stays a function of the
-    step. Where none of `REPLACEMENTS` can be used either, the last one's error is raised.
+    The replacements are drawn from the image's bucket by (seed, sample), so that the images of a step remain a function
+    of the step. If none of `REPLACEMENTS` images can be used either, the last one's error is raised.
 
     Args:
-        read: as `example_reader` gives it.
-        bucket: int [N], each image's.
+        read: the result of `example_reader`.
+        dataset: CocoDataset.
+        bucket: int [N]. The bucket of each image.
+        seed: int. Seed of the replacements.
         skipped: a Python function of (index, message), called, from any thread, for each image skipped.
     """
-    members = np.argsort(bucket, kind="stable")  # by bucket
-    places = tf.constant(np.argsort(members))  # of each image among them
-    firsts = tf.constant(np.searchsorted(bucket[members], bucket))  # of its bucket among them, [N]
+    members = np.argsort(bucket, kind="stable")  # sorted by bucket
+    positions = tf.constant(np.argsort(members))  # of each image in `members`
+    firsts = tf.constant(np.searchsorted(bucket[members], bucket))  # of each image's bucket in `members`, [N]
     counts = tf.constant(np.bincount(bucket)[bucket])  # [N]
     members = tf.constant(members)
 
-    def tell(index):
+    def report(index: Any) -> Any:
         if skipped is not None:
             problems = image_decoding.unusable_images(dataset, [index]) or [
                 f"{dataset.name_of(index)} could not be read"
@@ -70,22 +91,22 @@ def replacing(read, dataset, bucket, seed, skipped=None):
             skipped(int(index), problems[0])
         return index
 
-    def candidates(index, sample):
-        seeds = tf.stack([tf.cast(seed, tf.int64), -1 - sample])  # augmentation has [seed, sample]
+    def candidates(index: tf.Tensor, sample: tf.Tensor) -> tf.Tensor:
+        seeds = tf.stack([tf.cast(seed, tf.int64), -1 - sample])  # augmentation uses [seed, sample]
         count = counts[index]
         away = tf.random.stateless_uniform([REPLACEMENTS], seeds, 1, tf.maximum(count, 2), tf.int64)
         first = firsts[index]
-        return tf.concat([[index], tf.gather(members, first + (places[index] - first + away) % count)], 0)
+        return tf.concat([[index], tf.gather(members, first + (positions[index] - first + away) % count)], 0)
 
-    def read_one(index, sample):
+    def read_one(index: tf.Tensor, sample: tf.Tensor) -> Any:
         tried = candidates(index, sample)  # [1 + REPLACEMENTS]
 
-        def attempt(number):
-            failed = number > 0  # the one before, then
-            tf.cond(failed, lambda: tf.numpy_function(tell, [tried[number - 1]], tf.int64), lambda: tried[0])
+        def attempt(number: tf.Tensor) -> Any:
+            failed = number > 0  # the attempt before this one
+            tf.cond(failed, lambda: tf.numpy_function(report, [tried[number - 1]], tf.int64), lambda: tried[0])
             return tried[number], *read(tried[number])
 
-        # A graph has no `except`; a dataset has, and asks for an element only when those before it have failed.
+        # A graph has no `except`, but a dataset can ignore errors, and runs an attempt only if those before it failed.
         lenient = tf.data.Dataset.range(REPLACEMENTS).map(attempt).ignore_errors()
         strict = tf.data.Dataset.range(REPLACEMENTS, REPLACEMENTS + 1).map(attempt)
         return lenient.concatenate(strict).take(1).get_single_element()
@@ -93,12 +114,13 @@ def replacing(read, dataset, bucket, seed, skipped=None):
     return read_one
 
 
-MEMORY = 1 << 30  # bytes that tf.data may let its parallel stages hold; this project's choice
+MEMORY = 1 << 30  # bytes that tf.data may use for its parallel stages; this project's choice
 
 
-def stream_options():
+def stream_options() -> tf.data.Options:
+    """The tf.data options of all input pipelines."""
     options = tf.data.Options()
     options.autotune.ram_budget = MEMORY
-    # Each worker's stream is its share already.
+    # Each worker's dataset is already its own shard.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return options

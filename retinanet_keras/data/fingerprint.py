@@ -1,29 +1,33 @@
-"""Digests of a dataset, by which a run or an evaluation tells that it has changed."""
+"""Digests of a dataset, by which a run or an evaluation detects that the dataset has changed."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from retinanet_keras.data.coco import CocoDataset
 from retinanet_keras.storage import disk
 
-THREADS = 16  # on a network disk a file's size takes a while to come, and many can be asked for at once
+THREADS = 16  # a network disk takes a while to return a file's size, but answers many requests at once
 
 
-def fingerprint(dataset):
-    """Digests of a CocoDataset, the same wherever its folder lies.
+def fingerprint(dataset: CocoDataset) -> dict[str, str]:
+    """Digests of a CocoDataset, independent of the folder that it is in.
 
-    Of a TFDS set the annotations are where each image lies in its files: the boxes are in those files, too, or in the
-    official annotations, which may take the place of them.
+    For TFDS, "annotations" covers the positions of the images in their files instead of the boxes: the boxes are in
+    those files, too, or in the official annotations, which may replace them.
 
     Returns:
-        {"annotations": `of_annotations`; "sizes": bytes of each image file; "times": when each was
-        changed}, JSON-able.
+        {"annotations": the digest of `of_annotations`; "sizes": of the bytes in each image file; "times": of the
+        modification times}, JSON-able.
     """
     files = list(dict.fromkeys(dataset.files))
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = pool.map(_sizes_and_times, (files[i::THREADS] for i in range(THREADS)))
-        known = {file: row for part in parts for file, row in part.items()}
+        results = pool.map(_sizes_and_times, (files[i::THREADS] for i in range(THREADS)))
+        known = {file: row for result in results for file, row in result.items()}
     rows = np.array([known[file] for file in files], np.int64).reshape(-1, 2)
     return {
         "annotations": of_annotations(dataset),
@@ -32,7 +36,7 @@ def fingerprint(dataset):
     }
 
 
-def of_annotations(dataset):
+def of_annotations(dataset: CocoDataset) -> str:
     """A digest of the categories, images and annotations of a CocoDataset."""
     contents = (dataset.offsets, dataset.boxes, dataset.labels) if dataset.spans is None else (dataset.spans,)
     names = [os.path.basename(file) for file in dataset.files]
@@ -41,8 +45,8 @@ def of_annotations(dataset):
     )
 
 
-def _sizes_and_times(files):
-    """{file: (bytes, nanoseconds)}; -1 for a file that is not there, of which whoever reads it will tell."""
+def _sizes_and_times(files: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """{file: (bytes, nanoseconds)}; (-1, -1) for a missing file, which is reported when it is read."""
     rows = {}
     for file in files:
         try:

@@ -1,8 +1,8 @@
-"""The image formats that are read, and what Pillow raises for damaged files of them."""
+"""The image formats that can be read, and the exceptions that Pillow raises for damaged files."""
 
 import struct
 
 from PIL import Image
 
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # as Pillow names them; its readers of others fail in other ways
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")  # Pillow's names; its readers of other formats raise other errors
 DAMAGE = (Image.DecompressionBombError, EOFError, OSError, SyntaxError, ValueError, struct.error)

@@ -1,4 +1,6 @@
-"""The image files of a dataset, each decoded once: which are missing, cannot be read, or are not what the JSON says."""
+"""Check of the image files: missing or unreadable files, and sizes that differ from the JSON."""
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -7,10 +9,13 @@ import math
 import os
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,22 +29,22 @@ MISSING, SIXTEEN_BIT = "missing", "16-bit"
 CONVERTED = (
     ("L", "grayscale images", "They get three equal channels."),
     ("CMYK", "CMYK images", "They are converted to RGB without a color profile."),
-    (SIXTEEN_BIT, "images of 16 bits", "They are cut to 8 bits, the upper ones."),
+    (SIXTEEN_BIT, "images of 16 bits", "Only the upper 8 bits are used."),
 )
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What an image file turned out to be."""
+    """Properties of an image file."""
 
     mode: str  # as Pillow names it (RGB, L, CMYK, ...), or MISSING, SIXTEEN_BIT, "unknown"
-    rotated: bool = False  # EXIF asks for another orientation
-    size: tuple[int, int] | None = None  # height and width as decoded; None where that failed
+    rotated: bool = False  # EXIF specifies another orientation
+    size: tuple[int, int] | None = None  # height and width as decoded; None if that failed
     problem: str = ""  # why it cannot be decoded
 
 
-def look_at(dataset, i):
-    """Read the header of image i with Pillow, which tells more, and decode the image as training does."""
+def examine_image(dataset: coco.CocoDataset, i: int) -> ImageFile:
+    """Read the header of image i with Pillow, which gives more details, and decode the image as in training."""
     if not os.path.exists(dataset.files[i]):
         return ImageFile(MISSING)
     mode, rotated = "unknown", False
@@ -48,7 +53,9 @@ def look_at(dataset, i):
         with Image.open(io.BytesIO(image_decoding.encoded_image(dataset, i)), formats=IMAGE_FORMATS) as image:
             layout = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, which becomes mode RGB
             mode = SIXTEEN_BIT if "16" in layout or image.mode.startswith("I") else image.mode
-            if dataset.max_pixels is None or math.prod(image.size) <= dataset.max_pixels:  # else a PNG is decoded
+            if (
+                dataset.max_pixels is None or math.prod(image.size) <= dataset.max_pixels
+            ):  # reading EXIF of a PNG decodes it
                 rotated = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
     try:
         return ImageFile(mode, rotated, image_decoding.image_of(dataset, i).shape[:2])
@@ -56,64 +63,89 @@ def look_at(dataset, i):
         return ImageFile(mode, rotated, None, str(error))
 
 
-def check(dataset, title):
+def check(dataset: coco.CocoDataset, title: str) -> tuple[list[coco_rules.Finding], npt.NDArray, dict[str, Any]]:
     """Decode every image, on all cores, with a progress bar.
 
+    Args:
+        dataset: CocoDataset.
+        title: str. Title of the progress bar.
+
     Returns:
-        findings; the indices of the images that can be used, int64 [n]; and a dict of counts for a report.
+        findings; the indices of the usable images, int64 [n]; and a dict of counts for a report.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(functools.partial(look_at, dataset), range(len(dataset)))
-        files = list(tqdm(looks, title, len(dataset), unit="image", leave=False))
-    paths, told = [dataset.name_of(i) for i in range(len(dataset))], dataset.sizes
+        examined = pool.map(functools.partial(examine_image, dataset), range(len(dataset)))
+        files = list(tqdm(examined, title, len(dataset), unit="image", leave=False))
+    paths, annotated = [dataset.name_of(i) for i in range(len(dataset))], dataset.sizes
     sizes = np.array([file.size or (0, 0) for file in files], np.int64).reshape(-1, 2)  # [N, 2]
     modes = np.array([file.mode for file in files], object)
     rotated = np.array([file.rotated for file in files], bool)
     unreadable = np.array([bool(file.problem) for file in files], bool)
-    differ = (sizes != told).any(axis=1) & (modes != MISSING) & ~unreadable
+    differ = (sizes != annotated).any(axis=1) & (modes != MISSING) & ~unreadable
 
     findings = missing([path for path, mode in zip(paths, modes, strict=True) if mode == MISSING])
     findings += coco_rules.find(
-        "image-unreadable", ERROR, unreadable, lambda i: files[i].problem,
-        "image files that cannot be decoded", "Fetch them again, or write them as JPEG or PNG.",
-    )  # fmt: skip
+        "image-unreadable",
+        ERROR,
+        unreadable,
+        lambda i: files[i].problem,
+        "image files that cannot be decoded",
+        "Download them again, or convert them to JPEG or PNG.",
+    )
     exif = " Some of them have an EXIF rotation, which is ignored." if (differ & rotated).any() else ""
     findings += coco_rules.find(
-        "image-size-differs", ERROR, differ,
-        lambda i: f"{paths[i]} is {sizes[i, 1]}x{sizes[i, 0]}, the JSON says {told[i, 1]}x{told[i, 0]}",
-        "images whose width x height is not the JSON's",
-        f"Their boxes may be misplaced: use the files on which the boxes were drawn, and write their sizes.{exif}",
-    )  # fmt: skip
+        "image-size-differs",
+        ERROR,
+        differ,
+        lambda i: f"{paths[i]} is {sizes[i, 1]}x{sizes[i, 0]}, the JSON says {annotated[i, 1]}x{annotated[i, 0]}",
+        "images whose width x height differs from the JSON",
+        f"Their boxes may be misplaced: use the files that were annotated, and enter their sizes in the JSON.{exif}",
+    )
     findings += coco_rules.find(
-        "exif-rotated", WARNING, rotated, lambda i: paths[i], "images with an EXIF rotation",
-        "It is ignored everywhere: boxes must be drawn on the pixels as they are stored. Better store them upright.",
-    )  # fmt: skip
+        "exif-rotated",
+        WARNING,
+        rotated,
+        lambda i: paths[i],
+        "images with an EXIF rotation",
+        "It is ignored everywhere: boxes must refer to the pixels as stored. Preferably store the images upright.",
+    )
     for mode, what, effect in CONVERTED:
         findings += coco_rules.find(f"mode-{mode.lower()}", NOTE, modes == mode, lambda i: paths[i], what, effect)
-    sound = np.flatnonzero((modes != MISSING) & ~unreadable & ~differ)
-    return findings, sound, {"image_modes": dict(Counter(modes.tolist())), "exif_rotated": int(rotated.sum())}
+    usable = np.flatnonzero((modes != MISSING) & ~unreadable & ~differ)
+    return findings, usable, {"image_modes": dict(Counter(modes.tolist())), "exif_rotated": int(rotated.sum())}
 
 
-def findings_of(dataset):
-    """What shows without opening a file: those that are missing or not regular, and images that are too large."""
+def findings_of(dataset: coco.CocoDataset) -> list[coco_rules.Finding]:
+    """Faults that can be detected without opening a file: missing or not regular files, and too large images."""
     absent, irregular = coco.unusable_files(dataset)
     findings = missing(absent) + coco_rules.find(
-        "file-not-regular", ERROR, np.ones([len(irregular)], bool), lambda i: irregular[i],
-        "images that are not regular files", "A folder, a named pipe or a device cannot be read as one: replace them.",
-    )  # fmt: skip
+        "file-not-regular",
+        ERROR,
+        np.ones([len(irregular)], bool),
+        lambda i: irregular[i],
+        "images that are not regular files",
+        "Replace folders, named pipes and devices by image files.",
+    )
     if dataset.max_pixels is None:
         return findings
     pixels = dataset.sizes.astype(np.int64).prod(axis=1)
     return findings + coco_rules.find(
-        "image-too-large", ERROR, pixels > dataset.max_pixels, lambda i: f"{dataset.name_of(i)} has {pixels[i]:,}",
+        "image-too-large",
+        ERROR,
+        pixels > dataset.max_pixels,
+        lambda i: f"{dataset.name_of(i)} has {pixels[i]:,}",
         f"images of more than data.max_pixels, {dataset.max_pixels:,}",
-        "Make them smaller, or set more: each takes 3 bytes a pixel, 9 as a progressive JPEG.",
-    )  # fmt: skip
+        "Make them smaller, or raise the limit: decoding needs 3 bytes per pixel, 9 for a progressive JPEG.",
+    )
 
 
-def missing(paths):
-    """The finding that these files do not exist, if there are any."""
+def missing(paths: Sequence[str]) -> list[coco_rules.Finding]:
+    """Report files that do not exist, if there are any."""
     return coco_rules.find(
-        "file-missing", ERROR, np.ones([len(paths)], bool), lambda i: paths[i], "image files that do not exist",
-        "data.dir and data.images say where they are, and file_name is relative to that.",
-    )  # fmt: skip
+        "file-missing",
+        ERROR,
+        np.ones([len(paths)], bool),
+        lambda i: paths[i],
+        "image files that do not exist",
+        "Correct data.dir or data.images, the folder that file_name is relative to.",
+    )

@@ -1,22 +1,30 @@
-"""Plots as SVG elements that go into a page of HTML, whose style sheet colors them.
+"""Plots as SVG elements for an HTML page, whose style sheet sets their colors.
 
 Classes for the style sheet: `grid` and `axis` lines, text, series `s0`, `s1`, ... as lines or bars. No text comes from
-data: what a series is called is said beside the plot.
+data; the page names the series beside the plot.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 36  # margins of a plot with axes, in pixels
 
 
-def lines(series, label, *, size=(420, 300), axes=True):
-    """Curves over 0..1 with values in 0..1.
+def lines(
+    series: Sequence[Sequence[float]], label: str, *, size: tuple[int, int] = (420, 300), axes: bool = True
+) -> str:
+    """Plot precision-recall curves, with both axes from 0 to 1.
 
     Args:
-        series: lists of values at even steps from 0 to 1.
-        label: what the plot shows, for those who cannot see it.
+        series: lists of values in 0..1, at evenly spaced recall from 0 to 1.
+        label: str. What the plot shows, for screen readers.
         size: (width, height) in pixels.
-        axes: False for a small plot with a frame and one line at 0.5 instead.
+        axes: bool. False for a small plot with a frame and one line at 0.5 instead of axes.
+
+    Returns:
+        an SVG element.
     """
     width, height = size
     box = (LEFT, TOP, width - LEFT - RIGHT, height - TOP - BOTTOM) if axes else (1, 1, width - 2, height - 2)
@@ -37,27 +45,40 @@ def lines(series, label, *, size=(420, 300), axes=True):
     return _svg(parts, label, size)
 
 
-def bars(edges, series, label, x_name, y_name, *, size=(560, 300)):
-    """Counts in bins, the series beside each other, on a logarithmic axis: a bar of 1 is as high as a tenfold.
+def bars(
+    edges: Sequence[float],
+    series: Sequence[Sequence[int]],
+    label: str,
+    x_name: str,
+    y_name: str,
+    *,
+    size: tuple[int, int] = (560, 300),
+) -> str:
+    """Plot histograms side by side on a logarithmic axis, on which a count of 1 has the height of a factor of ten.
 
     Args:
-        edges: [n + 1], rising.
+        edges: [n + 1]. Increasing edges of the bins.
         series: lists of n counts.
-        label: as in `lines`.
+        label: str. What the plot shows, for screen readers.
+        x_name, y_name: str. Labels of the axes.
+        size: (width, height) in pixels.
+
+    Returns:
+        an SVG element.
     """
     width, height = size
     left, top, across, down = box = (LEFT + 14, TOP, width - LEFT - 14 - RIGHT, height - TOP - BOTTOM)
     decades = max(1, math.ceil(math.log10(max([1, *(count for counts in series for count in counts)]))))
-    unit = down / (decades + 1)  # of a tenfold, and of the first count
+    unit = down / (decades + 1)  # height of a factor of ten, and of the first count
     parts = []
     for decade in range(decades + 1):
         y = top + down - (decade + 1) * unit
         parts.append(_line("grid", left, y, left + across, y) + _text(left - 6, y + 4, f"{10**decade:,}", "end"))
     parts.append(_text(left - 6, top + down + 4, "0", "end"))
     span = edges[-1] - edges[0]
-    for place in range(0, len(edges), max(1, (len(edges) - 1) // 5)):
-        x = left + (edges[place] - edges[0]) / span * across
-        parts.append(_text(x, top + down + 16, f"{edges[place]:.2g}", "middle"))
+    for i in range(0, len(edges), max(1, (len(edges) - 1) // 5)):
+        x = left + (edges[i] - edges[0]) / span * across
+        parts.append(_text(x, top + down + 16, f"{edges[i]:.2g}", "middle"))
     slot = across / (len(edges) - 1)
     bar = slot * 0.84 / len(series)
     for n, counts in enumerate(series):
@@ -70,7 +91,7 @@ def bars(edges, series, label, x_name, y_name, *, size=(560, 300)):
     return _svg(parts, label, size)
 
 
-def _svg(parts, label, size):
+def _svg(parts: Sequence[str], label: str, size: tuple[int, int]) -> str:
     width, height = size
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{label}">'
@@ -78,7 +99,7 @@ def _svg(parts, label, size):
     )
 
 
-def _names(x_name, y_name, box, size):
+def _names(x_name: str, y_name: str, box: tuple[int, int, int, int], size: tuple[int, int]) -> str:
     left, top, across, down = box
     middle = top + down / 2
     return _text(left + across / 2, size[1] - 4, x_name, "middle") + (
@@ -86,9 +107,9 @@ def _names(x_name, y_name, box, size):
     )
 
 
-def _line(kind, x1, y1, x2, y2):
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x, y, words, anchor):
+def _text(x: float, y: float, words: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'

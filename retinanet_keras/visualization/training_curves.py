@@ -1,28 +1,34 @@
-"""The curves of a training."""
+"""Plot of a training log."""
+
+from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure  # no pyplot: it keeps figures and a backend in global state
+import numpy.typing as npt
+from matplotlib.figure import Figure  # not pyplot, which keeps figures and a backend in global state
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from retinanet_keras.visualization.draw import PALETTE
 
 
-def training_curves(rows, path):
-    """Plot a training log as PNG: losses and learning rate on log axes, and AP where it was measured.
+def training_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Plot a training log as PNG: losses and learning rate on log axes, and AP if it was measured.
 
     Args:
-        rows: dicts of log.csv: step, loss, classification_loss, box_loss, learning_rate and optionally AP, as numbers
-            or text; values that are missing, empty, or not finite are skipped.
-        path: of the picture.
+        rows: dicts. The rows of log.csv: step, loss, classification_loss, box_loss, learning_rate and optionally AP, as
+            numbers or text; values that are missing, empty, or not finite are skipped.
+        path: path of the PNG file.
     """
     steps = np.array([_number(row.get("step")) for row in rows], np.float64)  # [R]
     order = np.argsort(steps, kind="stable")  # a resumed run may have logged a step twice
     steps = steps[order]
 
-    def points(column):
+    def points(column: str) -> tuple[npt.NDArray, npt.NDArray]:
         values = np.array([_number(row.get(column)) for row in rows], np.float64)[order]
         known = np.isfinite(values) & np.isfinite(steps)
         return steps[known], values[known]
@@ -31,10 +37,10 @@ def training_curves(rows, path):
     figure = Figure(figsize=(8, 7 if has_ap else 5.2), dpi=150, layout="constrained")
     axes = figure.subplots(3 if has_ap else 2, 1, sharex=True, height_ratios=[3, 1.6, 1.1] if has_ap else [3, 1.1])
     losses = (("classification_loss", "classification", 1), ("box_loss", "box", 0), ("loss", "total", None))
-    for column, name, place in losses:
+    for column, name, index in losses:
         x, y = points(column)
         x, y = x[y > 0], y[y > 0]  # a log axis has no zero
-        paint = "#222222" if place is None else _hex(PALETTE[place])
+        paint = "#222222" if index is None else _hex(PALETTE[index])
         many = len(x) > 100
         axes[0].plot(x, y, color=paint, linewidth=0.8 if many else 1.6, alpha=0.25 if many else 1, **_marks(x))
         if many:
@@ -60,7 +66,9 @@ def training_curves(rows, path):
         axis.set_axisbelow(True)
         if axis.get_yscale() == "log":
             low, high = axis.get_ylim()
-            few = high / low < (100 if axis is axes[0] else 10)  # powers of ten alone would leave the axis bare
+            few = high / low < (
+                100 if axis is axes[0] else 10
+            )  # powers of ten alone would leave the axis without labels
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
@@ -75,24 +83,24 @@ def training_curves(rows, path):
     figure.savefig(path, format="png")
 
 
-def _number(value):
+def _number(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
 
 
-def _smooth(values, half):
-    """The mean over a window of 2 * half + 1 rows, shorter at the ends."""
+def _smooth(values: npt.NDArray, half: int) -> npt.NDArray:
+    """The moving average over 2 * half + 1 rows, fewer at the ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    rows = np.arange(len(values))
+    first, last = np.maximum(rows - half, 0), np.minimum(rows + half + 1, len(values))
     return (total[last] - total[first]) / (last - first)
 
 
-def _marks(x):
-    return {"marker": "o", "markersize": 4} if len(x) < 2 else {}  # a line of one point shows nothing
+def _marks(x: npt.NDArray) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 4} if len(x) < 2 else {}  # a line of one point is invisible
 
 
-def _hex(rgb):
+def _hex(rgb: tuple[int, ...]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*rgb)
