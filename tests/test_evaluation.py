@@ -17,7 +17,15 @@ from retinanet_keras.data.coco import Categories
 from retinanet_keras.errors import DataError
 from retinanet_keras.evaluation import ground_truth as truths
 from retinanet_keras.evaluation import matching
-from retinanet_keras.evaluation.coco_metrics import LIBRARIES, METRICS, coco_metrics, to_results
+from retinanet_keras.evaluation.coco_metrics import (
+    LIBRARIES,
+    METRICS,
+    coco_metrics,
+    format_metrics,
+    to_results,
+    write_metrics,
+    write_results,
+)
 from retinanet_keras.evaluation.results import Records
 
 
@@ -184,7 +192,7 @@ def test_images_may_have_text_as_id():
 def test_reads_files(tmp_path):
     annotations, results = random_case(0)
     (tmp_path / "truth.json").write_text(json.dumps(annotations))
-    coco_metrics.write_results(tmp_path / "eval" / "results.json", results)
+    write_results(tmp_path / "eval" / "results.json", results)
     from_files = coco_metrics(tmp_path / "truth.json", str(tmp_path / "eval" / "results.json"))
     assert from_files == coco_metrics(annotations, results)
 
@@ -286,26 +294,26 @@ def test_results_round_trip_to_ap_1():
 
 def test_format_metrics_names_every_number():
     metrics = coco_metrics(truth([(1, 1, 0, 0, 100, 100)]), found((1, 1, 0, 0, 100, 72, 0.5)))
-    lines = coco_metrics.format_metrics(metrics).splitlines()
+    lines = format_metrics(metrics).splitlines()
     assert [line.split()[0] for line in lines[:12]] == list(METRICS)
     assert lines[0].split()[1] == "50.0" and lines[3].split()[1] == "-"
     assert lines[-1].split() == ["cell", "50.0", "100.0", "50.0", "1"]
-    assert len(coco_metrics.format_metrics({**metrics, "per_class": {}}).splitlines()) == 12
+    assert len(format_metrics({**metrics, "per_class": {}}).splitlines()) == 12
 
 
 def test_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "metrics.json"
-    coco_metrics.write_metrics(path, {"AP": 0.5, "APs": None})
+    write_metrics(path, {"AP": 0.5, "APs": None})
     assert json.loads(path.read_text()) == {"AP": 0.5, "APs": None}
     with pytest.raises(ValueError, match="JSON"):
-        coco_metrics.write_metrics(path, {"AP": float("nan")})
+        write_metrics(path, {"AP": float("nan")})
 
     def full(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
-        coco_metrics.write_metrics(path, {"AP": 0.7})
+        write_metrics(path, {"AP": 0.7})
     assert json.loads(path.read_text())["AP"] == 0.5
     assert os.listdir(tmp_path) == ["metrics.json"]
 
@@ -489,7 +497,7 @@ def crowd_of_cases(request):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_every_library_gives_pycocotools_bits(crowd_of_cases, library, tmp_path):
     annotations, results, reference = crowd_of_cases
-    coco_metrics.write_results(tmp_path / "results.json", results)
+    write_results(tmp_path / "results.json", results)
     metrics = coco_metrics(annotations, tmp_path / "results.json", library=library)
     assert twelve(metrics) == [None if v == -1 else v for v in reference.stats]
     precision, recall = reference.eval["precision"], reference.eval["recall"]
@@ -546,6 +554,6 @@ def test_metrics_are_written_a_curve_to_a_line_and_read_again(tmp_path):
     annotations, results = random_case(3)
     annotations["categories"][0]["name"] = 'half \ud800 [\n"1", 2]'
     metrics = coco_metrics(annotations, results)
-    coco_metrics.write_metrics(tmp_path / "metrics.json", metrics)
+    write_metrics(tmp_path / "metrics.json", metrics)
     text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
     assert json.loads(text) == metrics and len(text.splitlines()) < 250
