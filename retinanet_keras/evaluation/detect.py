@@ -183,15 +183,15 @@ class _Clock:
     """Seconds between laps, by name."""
 
     def __init__(self) -> None:
-        self.restart()
+        self.seconds: dict[str, float] = {}
+        self.start = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self.start = now - self.start, now
 
     def restart(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.start: float = time.perf_counter()
+        self.seconds, self.start = {}, time.perf_counter()
 
 
 def _by_image(

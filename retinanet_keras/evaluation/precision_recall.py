@@ -93,7 +93,7 @@ def hotcoco(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    accumulated: dict[str, Any] = evaluation.eval
+    accumulated: Any = evaluation.eval
     return accumulated["precision"], accumulated["recall"]
 
 
