@@ -128,7 +128,7 @@ def test_exports_to_one_base_path_at_once_are_two_versions(quick, tmp_path, monk
         if not numbers:
             numbers.append(1)
             with monkeypatch.context() as patch:
-                patch.setattr(export.storage.os, "getpid", lambda: os.getppid())  # another process, and alive
+                patch.setattr(export.disk.os, "getpid", lambda: os.getppid())  # another process, and alive
                 numbers.append(quick(tmp_path, 2.0))
         warmup(path)
 

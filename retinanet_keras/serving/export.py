@@ -94,13 +94,13 @@ def _version(folder: Path, version: int | None) -> Iterator[Any]:
         return
     target = folder / str(version)
     with disk.replacing_folder(target) as partial:
-        written = types.SimpleNamespace(path=partial)
-        yield written
+        replaced = types.SimpleNamespace(path=partial)
+        yield replaced
         for name in model_card.others(target):
             if not os.path.lexists(partial / name):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(target / name, partial / name, follow_symlinks=False)
-    written.path = target
+    replaced.path = target
 
 
 def signatures(
