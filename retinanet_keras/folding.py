@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,17 +23,14 @@ import tensorflow as tf
 
 from retinanet_keras import anchors, detections
 
-if TYPE_CHECKING:
-    from retinanet_keras.model import RetinaNet
-
 CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before res5
 
 
-def detect_function(model: RetinaNet, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
+def detect_function(model: keras.Model, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
     """`RetinaNet.detect_in_graph` with the current weights of a model.
 
     Args:
-        model: RetinaNet. A backbone passed to it as a Keras model is used unchanged, without folding.
+        model: keras.Model. A backbone passed to it as a Keras model is used unchanged, without folding.
         precision: "float32" or "bfloat16", that of convolutions. None: the model's own.
 
     Returns:
@@ -59,7 +56,7 @@ def bfloat16_time(side: int = 1024, turns: int = 5) -> float:
 
 
 def halves(
-    model: RetinaNet, precision: str | None = None
+    model: keras.Model, precision: str | None = None
 ) -> tuple[Callable[[Any, Any], dict[str, Any]], Callable[[Any, Any, Any], dict[str, tf.Tensor]]]:
     """`detect_function` as two functions: `network(images, sizes)`, and `decode(its outputs, images, sizes)`."""
     dtype = tf.as_dtype(precision or model.compute_dtype)
@@ -84,14 +81,14 @@ def halves(
     return network, decode
 
 
-def compiled(model: RetinaNet, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
+def compiled(model: keras.Model, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
     """`detect_function` as a compiled function of uint8 images and sizes, called as `RetinaNet.detect`."""
     spec = [tf.TensorSpec([None, None, None, 3], tf.uint8), tf.TensorSpec([None, 2], tf.float32)]
     graph = tf.function(detect_function(model, precision), input_signature=spec, autograph=False)
     return lambda images, sizes: graph(images, tf.cast(sizes, tf.float32))
 
 
-def _backbone(model: RetinaNet, dtype: tf.DType) -> Callable[[Any], dict[str, tf.Tensor]]:
+def _backbone(model: keras.Model, dtype: tf.DType) -> Callable[[Any], dict[str, tf.Tensor]]:
     """A function from normalized images [B, H, W, 3] to a dict of c3, c4 and c5."""
     net = model.backbone
     if not model.own_backbone:

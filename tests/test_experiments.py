@@ -384,10 +384,10 @@ def test_a_row_that_another_process_trains_is_waited_for(tmp_path, capsys):
     folder = tmp_path / "ce/0"
     folder.mkdir(parents=True)
     code = (
-        "import sys, time; from retinanet_keras import storage\n"
-        "with storage.locked(sys.argv[1], 'ce', name='.row.lock'):\n"
+        "import sys, time; from retinanet_keras.storage import disk\n"
+        "with disk.locked(sys.argv[1], 'ce', name='.row.lock'):\n"
         "    print('held', flush=True); sys.stdin.readline()\n"
-        "    storage.write(sys.argv[1] + '/result.json', sys.argv[2])"
+        "    disk.write(sys.argv[1] + '/result.json', sys.argv[2])"
     )
     other = subprocess.Popen([sys.executable, "-c", code, folder, json.dumps(metrics(0.5))],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)  # fmt: skip

@@ -109,8 +109,8 @@ def test_between_choosing_and_moving_another_may_take_the_place(tmp_path):
 
 def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
     child = (
-        "import os, sys; from pathlib import Path; from retinanet_keras import storage\n"
-        "with storage.replacing(Path(sys.argv[1])) as partial:\n"
+        "import os, sys; from pathlib import Path; from retinanet_keras.storage import disk\n"
+        "with disk.replacing(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); os._exit(9)"
     )
     path = tmp_path / "a.json"
@@ -122,8 +122,8 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
 
 
 HOLD = (
-    "import sys; from retinanet_keras import storage\n"
-    "with storage.locked(sys.argv[1], 'training'):\n"
+    "import sys; from retinanet_keras.storage import disk\n"
+    "with disk.locked(sys.argv[1], 'training'):\n"
     "    print('held', flush=True); sys.stdin.read()"
 )
 
@@ -158,8 +158,8 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
 def test_writers_of_several_processes_and_threads_leave_one_of_their_contents(tmp_path):
     path = tmp_path / "a.txt"
     child = (
-        "import sys; from retinanet_keras import storage\n"
-        "for n in range(20): storage.write(sys.argv[1], sys.argv[2] * 5000)"
+        "import sys; from retinanet_keras.storage import disk\n"
+        "for n in range(20): disk.write(sys.argv[1], sys.argv[2] * 5000)"
     )
     children = [subprocess.Popen([sys.executable, "-c", child, path, letter]) for letter in "ab"]
     seen, over = set(), threading.Event()
