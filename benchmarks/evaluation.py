@@ -85,7 +85,7 @@ def ours(folder, library):
     """(seconds, the 12 numbers) from detections in memory to the files."""
     from retinanet_keras.data.coco import Categories
     from retinanet_keras.evaluation import coco_metrics
-    from retinanet_keras.evaluation.results import Records
+    from retinanet_keras.evaluation.results import ImageDetections, Records
 
     rng = np.random.default_rng(SEED)
     drawn = objects(rng)
@@ -94,7 +94,7 @@ def ours(folder, library):
     began = time.perf_counter()
     records = Records()
     for i, one in enumerate(found):
-        records.append(i, *one, categories)
+        records.append(ImageDetections(i, *one), categories)
     coco_metrics.write_results(folder / "results.json", records)
     written = time.perf_counter()
     metrics = coco_metrics.coco_metrics(folder / "truth.json", folder / "results.json", library=library)

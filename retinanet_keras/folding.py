@@ -1,17 +1,21 @@
-"""A RetinaNet's detection as TensorFlow's graph optimizer likes it: the same values as `RetinaNet.detect`, sooner.
+"""A faster graph of a RetinaNet's detection, with batch normalization folded into convs; values as `RetinaNet.detect`.
 
-- Batch normalization is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
-  conv, its bias and the ReLU after it then are one kernel.
-- The kernels of most of the work are constants, which oneDNN lays out once for its own use. By variables it convolves
-  a single image in another way, which without AVX-512 takes up to three times as long. The late ones, with many weights
-  and little work each, stay variables: a constant takes many times its size in memory, and time to load.
-- Padding is the convs' own, levels are never joined, and the sigmoid is of survivors only.
+- Batch normalization is folded: its scale into the kernel of the preceding conv, its shift into that conv's bias.
+  TensorFlow then fuses a conv, its bias and the ReLU after it into one kernel.
+- The kernels of most of the work are constants, which oneDNN converts to its own layout once. With variables it uses
+  another algorithm for single images, which without AVX-512 takes up to three times as long. The late kernels, with
+  many weights and little work each, stay variables: a constant takes many times its size in memory, and time to load.
+- Convs do their own padding, levels are never concatenated, and the sigmoid is computed only for selected logits.
 
-The model itself is left as it is; training goes on with its own weights.
+The model itself is not modified and can be trained further.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,12 +26,12 @@ from retinanet_keras import anchors, detections
 CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before res5
 
 
-def detect_function(model, precision=None):
-    """`RetinaNet.detect_in_graph` of the weights that a model has now.
+def detect_function(model: keras.Model, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
+    """`RetinaNet.detect_in_graph` with the current weights of a model.
 
     Args:
-        model: a RetinaNet. A backbone given to it as a Keras model runs as it is, nothing in it folded.
-        precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
+        model: keras.Model. A backbone passed to it as a Keras model is used unchanged, without folding.
+        precision: "float32" or "bfloat16", that of convolutions. None: the model's own.
 
     Returns:
         a function for one graph: images [B, H, W, 3] of 0..255 and sizes [B, 2], height and width before padding, to
@@ -37,8 +41,8 @@ def detect_function(model, precision=None):
     return lambda images, sizes: decode(network(images, sizes), images, sizes)
 
 
-def bfloat16_time(side=1024, turns=5):
-    """How long a bfloat16 matrix product takes on this machine, as a multiple of a float32 one: above 1 is slower."""
+def bfloat16_time(side: int = 1024, turns: int = 5) -> float:
+    """The time of a bfloat16 matrix product on this machine relative to a float32 one; above 1 is slower."""
     seconds = []
     for dtype in (tf.float32, tf.bfloat16):
         a = tf.ones((side, side), dtype)
@@ -51,8 +55,10 @@ def bfloat16_time(side=1024, turns=5):
     return seconds[1] / seconds[0]
 
 
-def halves(model, precision=None):
-    """`detect_function` as two: `network` of (images, sizes), `decode` of (what that gives, images, sizes)."""
+def halves(
+    model: keras.Model, precision: str | None = None
+) -> tuple[Callable[[Any, Any], dict[str, Any]], Callable[[Any, Any, Any], dict[str, tf.Tensor]]]:
+    """`detect_function` as two functions: `network(images, sizes)`, and `decode(its outputs, images, sizes)`."""
     dtype = tf.as_dtype(precision or model.compute_dtype)
     backbone, pyramid = _backbone(model, dtype), _pyramid(model.pyramid, dtype)
     class_subnet, box_subnet = (_subnet(subnet, dtype) for subnet in (model.class_subnet, model.box_subnet))
@@ -66,8 +72,8 @@ def halves(model, precision=None):
 
     def decode(outputs, images, sizes):
         sizes = tf.cast(sizes, tf.float32)
-        padded = (-(-side // multiple) * multiple for side in tf.unstack(tf.shape(images)[1:3]))
-        boxes = anchors.anchors_by_level(*padded, model.anchors)
+        height, width = (-(-side // multiple) * multiple for side in tf.unstack(tf.shape(images)[1:3]))
+        boxes = anchors.anchors_by_level(height, width, model.anchors)
         return detections.decode_levels(
             outputs["logits"], outputs["deltas"], boxes, sizes[:, 0], sizes[:, 1], **settings
         )
@@ -75,21 +81,21 @@ def halves(model, precision=None):
     return network, decode
 
 
-def compiled(model, precision=None):
-    """`detect_function`, to be called with batches of pixels: as `RetinaNet.detect`, and `sizes` as there."""
+def compiled(model: keras.Model, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
+    """`detect_function` as a compiled function of uint8 images and sizes, called as `RetinaNet.detect`."""
     spec = [tf.TensorSpec([None, None, None, 3], tf.uint8), tf.TensorSpec([None, 2], tf.float32)]
     graph = tf.function(detect_function(model, precision), input_signature=spec, autograph=False)
     return lambda images, sizes: graph(images, tf.cast(sizes, tf.float32))
 
 
-def _backbone(model, dtype):
-    """Normalized images [B, H, W, 3] -> dict of c3, c4 and c5."""
+def _backbone(model: keras.Model, dtype: tf.DType) -> Callable[[Any], dict[str, tf.Tensor]]:
+    """A function from normalized images [B, H, W, 3] to a dict of c3, c4 and c5."""
     net = model.backbone
     if not model.own_backbone:
         return lambda x: {name: tf.cast(c, dtype) for name, c in net(x, training=False).items()}
     norms = {id(layer.input): layer for layer in net.layers if isinstance(layer, keras.layers.BatchNormalization)}
     convs, weights = {}, 0
-    for layer in net.layers:  # from the images on, and so the ones with most work for each weight first
+    for layer in net.layers:  # from the input on: those with the most work for each weight come first
         if isinstance(layer, keras.layers.Conv2D):
             weights += layer.count_params()
             convs[layer.name] = _Conv(layer, dtype, norms.get(id(layer.output)), constant=weights <= CONSTANTS)
@@ -98,14 +104,14 @@ def _backbone(model, dtype):
         if layer.name in convs:
             return convs[layer.name](*inputs)
         if isinstance(layer, (keras.layers.BatchNormalization, keras.layers.ZeroPadding2D)):
-            return inputs[0]  # the conv before, and the conv or the pool after it, have done that
+            return inputs[0]  # done by the conv before, or by the conv or pooling after it
         if isinstance(layer, keras.layers.ReLU):
             return tf.nn.relu(inputs[0])
         if isinstance(layer, keras.layers.Add):
             return inputs[0] + inputs[1]
         if isinstance(layer, keras.layers.MaxPooling2D):
             return tf.nn.max_pool2d(inputs[0], layer.pool_size, layer.strides, _explicit(layer.pool_size[0]))
-        return tf.cast(layer(*inputs), dtype)  # group normalization, the striding of thin layers
+        return tf.cast(layer(*inputs), dtype)  # group normalization, striding of thin layers
 
     def forward(x):
         values = {id(net.input): x}
@@ -117,8 +123,8 @@ def _backbone(model, dtype):
     return forward
 
 
-def _pyramid(pyramid, dtype):
-    """c3, c4 and c5 -> p3 ... p7, as `FeaturePyramid`."""
+def _pyramid(pyramid: Any, dtype: tf.DType) -> Callable[[dict[str, tf.Tensor]], list[tf.Tensor]]:
+    """A function from c3, c4 and c5 to p3 ... p7, as `FeaturePyramid`."""
     laterals = {name: _Conv(layer, dtype, constant=True) for name, layer in pyramid.laterals.items()}
     outputs = {name: _Conv(layer, dtype, constant=True) for name, layer in pyramid.outputs_.items()}
     to_p6, to_p7 = _Conv(pyramid.p6, dtype), _Conv(pyramid.p7, dtype)
@@ -137,8 +143,8 @@ def _pyramid(pyramid, dtype):
     return forward
 
 
-def _subnet(subnet, dtype):
-    """p3 ... p7 -> a list of float32 [B, A_l, values], as `Subnet`."""
+def _subnet(subnet: Any, dtype: tf.DType) -> Callable[[list[tf.Tensor]], list[tf.Tensor]]:
+    """A function from p3 ... p7 to a list of float32 [B, A_l, values], as `Subnet`."""
     tower = [_Conv(layer, dtype, constant=True) for layer in subnet.tower]
     final = _Conv(subnet.final, dtype, constant=True)
 
@@ -156,9 +162,9 @@ def _subnet(subnet, dtype):
 
 
 class _Conv:
-    """A conv with weights of its own, the batch normalization after it folded in."""
+    """A conv with its own copy of the weights, the batch normalization after it folded in."""
 
-    def __init__(self, layer, dtype, norm=None, constant=False):
+    def __init__(self, layer: Any, dtype: tf.DType, norm: Any = None, constant: bool = False) -> None:
         kernel = layer.kernel.numpy().astype("float64")
         bias = layer.bias.numpy() if layer.use_bias else None
         if norm is not None:
@@ -171,24 +177,24 @@ class _Conv:
         self.strides, self.grouped = layer.strides, layer.groups > 1
         self.padding = _explicit(layer.kernel_size[0]) if layer.strides != (1, 1) else "SAME"
 
-    def __call__(self, x):
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
         kernel, bias = self._constants() if self.constant else self.weights
         x = tf.nn.conv2d(x, kernel, self.strides, self.padding)
         if bias is None:
             return x
-        if self.grouped:  # TensorFlow would fuse conv and bias into a kernel that has no groups but in oneDNN
+        if self.grouped:  # a fused conv and bias supports groups only in oneDNN
             return x - (-bias)
         return tf.nn.bias_add(x, bias)
 
-    def _constants(self):
-        """One of each for a graph, however many levels use it there."""
+    def _constants(self) -> list[tf.Tensor | None]:
+        """The weights as constants, created once in each graph, however many levels use them."""
         graph = tf.compat.v1.get_default_graph()
         if graph is not self.graph:
             self.graph, self.tensors = graph, [None if w is None else tf.constant(w) for w in self.weights]
         return self.tensors
 
 
-def _explicit(size):
-    """Padding alike on all sides; TensorFlow's "SAME" with a stride is not."""
+def _explicit(size: int) -> list[list[int]] | str:
+    """Symmetric padding, which TensorFlow's "SAME" is not with a stride."""
     side = [(size - 1) // 2] * 2
     return [[0, 0], side, side, [0, 0]] if size > 1 else "VALID"

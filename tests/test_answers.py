@@ -248,7 +248,10 @@ def test_an_answer_that_does_not_end_is_not_read_to_its_end(rest, monkeypatch):
 @pytest.mark.parametrize("chunks", [b"zz\r\n", b"5\r\nabc", b""])
 def test_an_answer_that_breaks_off_is_not_told_as_none(rest, chunks):
     rest.replies[:] = [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks]
-    with connect(rest.address, "shapes") as ask, pytest.raises(ServerError, match=r"^The answer of .* cannot be read"):
+    with (
+        connect(rest.address, "shapes") as ask,
+        pytest.raises(ServerError, match=r"^The response of .* cannot be read"),
+    ):
         ask("serving_bytes", IMAGES)
 
 

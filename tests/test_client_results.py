@@ -49,7 +49,7 @@ def read(folder):
 def test_a_failure_leaves_the_answers_before_it(rest, images, tmp_path):
     rest.replies[:] = [answer(), answer(), http(b'{"error": "overloaded"}', "503 Service Unavailable")]
     out = tmp_path / "out"
-    with pytest.raises(ServerError, match=r"overloaded.* The answers until then, to 2 images, are in .*\.json"):
+    with pytest.raises(ServerError, match=r"overloaded.* The detections until then, of 2 images, are in .*\.json"):
         client.run([images], out, rest.address, "shapes")
     assert [record["image"] for record in read(out)] == ["0.png", "1.png"]
     assert all(len(record["detections"]) == 3 for record in read(out))

@@ -303,7 +303,9 @@ def test_an_export_that_was_cut_off_is_told(tiny_export, tmp_path):
     big_png(image, 30)
     (shard,) = export.rglob("variables.data-*")
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"1 is no SavedModel of a RetinaNet exported here \(.*Export one with"):
+    with pytest.raises(
+        DataError, match=r"1 is not a SavedModel of a RetinaNet exported by this package \(.*Export one with"
+    ):
         commands.detect(export, [image], tmp_path / "out", 0.3)
 
 

@@ -9,7 +9,7 @@ from retinanet_keras.data.coco import Categories
 from retinanet_keras.errors import DataError
 from retinanet_keras.evaluation import results
 from retinanet_keras.evaluation.coco_metrics import coco_metrics, to_results
-from retinanet_keras.evaluation.results import Records
+from retinanet_keras.evaluation.results import ImageDetections, Records
 
 pytestmark = pytest.mark.check
 
@@ -23,9 +23,9 @@ def filled(images=4, seed=0):
     for i in range(images):
         n = 0 if i == 1 else 50
         boxes = np.sort(rng.uniform(0, 900, (n, 2, 2)), axis=1).reshape(n, 4).astype("float32")
-        one = (np.int64(i + 10), boxes, rng.random(n).astype("float32"), rng.integers(-1, 2, n), ANIMALS)
-        of.append(*one)
-        dicts += to_results(*one)
+        one = (np.int64(i + 10), boxes, rng.random(n).astype("float32"), rng.integers(-1, 2, n))
+        of.append(ImageDetections(*one), ANIMALS)
+        dicts += to_results(*one, ANIMALS)
     return of, dicts
 
 
@@ -69,8 +69,8 @@ def test_ids_may_be_text_with_anything_in_it(tmp_path):
 def test_detections_of_an_image_are_those_given():
     boxes = np.array([[10.25, 20, 30.5, 60], [1 / 3, 2, 40, 90], [0, 0, 0, 0]], "float32")
     of = filled()[0]
-    of.append("late", boxes, [0.9, 0.7, 0], [1, 0, -1], ANIMALS)
-    of.append(10, boxes[:1], [0.25], [1], ANIMALS)  # an image may come in parts
+    of.append(ImageDetections("late", boxes, [0.9, 0.7, 0], [1, 0, -1]), ANIMALS)
+    of.append(ImageDetections(10, boxes[:1], [0.25], [1]), ANIMALS)  # an image may come in parts
     found, scores, labels = of.of_image("late", ANIMALS)
     assert found == pytest.approx(boxes[:2], rel=1e-6) and labels.tolist() == [1, 0]
     assert (scores == np.float32([0.9, 0.7])).all()
@@ -100,7 +100,7 @@ def test_a_failed_append_adds_nothing():
     of = Records()
     for boxes, labels in (([[0, 0, 1, np.nan]], [0]), ([[0, 0, 1, 1]], [2]), ([[0, 0, 1, 1]], [0, 1])):
         with pytest.raises(DataError, match="Image 5"):
-            of.append(5, boxes, [0.5], labels, ANIMALS)
+            of.append(ImageDetections(5, boxes, [0.5], labels), ANIMALS)
     assert len(of) == 0 and of.image_ids == []
 
 

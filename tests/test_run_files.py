@@ -15,6 +15,7 @@ from retinanet_keras.config import config_from_dict
 from retinanet_keras.data import dataset_formats, fingerprint
 from retinanet_keras.errors import ConfigError, DataError, RunError
 from retinanet_keras.evaluation import artifacts
+from retinanet_keras.evaluation.results import ImageDetections
 from retinanet_keras.evaluation.unfinished import Unfinished
 from retinanet_keras.serving import model_card
 from retinanet_keras.storage import disk
@@ -168,7 +169,7 @@ def test_an_interrupted_evaluation_starts_over_with_other_data(tiny_config, data
     config = tiny_config(tmp_path / "data")
     about = detect.depends_on(dataset_formats.open_split(config.data, "val"), config, "w", "m")
     unfinished = Unfinished(tmp_path / "u.jsonl", about)
-    unfinished.add([(7, np.zeros((1, 4)), np.ones(1), np.ones(1))])
+    unfinished.add([ImageDetections(7, np.zeros((1, 4)), np.ones(1), np.ones(1))])
     assert len(Unfinished(tmp_path / "u.jsonl", about).batches) == 1 and not caplog.text
     image = sorted((tmp_path / "data/images").glob("val_*"))[0]
     os.utime(image, (0, 0))
@@ -182,7 +183,7 @@ def test_an_interrupted_evaluation_starts_over_with_other_data(tiny_config, data
 
 def batches(count):
     rng = np.random.default_rng(0)
-    return [[(i, rng.random((2, 4)), rng.random(2), np.arange(2))] for i in range(count)]
+    return [[ImageDetections(i, rng.random((2, 4)), rng.random(2), np.arange(2))] for i in range(count)]
 
 
 @pytest.mark.parametrize("change", [
@@ -202,7 +203,7 @@ def test_a_damaged_line_of_an_interrupted_evaluation_is_where_it_goes_on(tmp_pat
     assert path.with_name("unfinished.jsonl.damaged").read_bytes() == b"".join(lines)
     again.add(batches(2)[1])
     (_, (other,)) = Unfinished(path, {"a": 1}).batches
-    np.testing.assert_array_equal(other[1], batches(2)[1][0][1].astype("float32"))
+    np.testing.assert_array_equal(other.boxes, batches(2)[1][0].boxes.astype("float32"))
     second = path.read_bytes() + b"damaged again\n"
     path.write_bytes(second)
     assert Unfinished(path, {"a": 1}).images == 2

@@ -12,7 +12,7 @@ from retinanet_keras.data.listing import image_files
 from retinanet_keras.errors import DataError
 from retinanet_keras.serving import detector, model_card, pictures
 from retinanet_keras.serving import onnx as onnx_file
-from retinanet_keras.serving.export import export_model, search_function
+from retinanet_keras.serving.export import detect_function, export_model
 from retinanet_keras.storage import disk, strict_json
 from retinanet_keras.storage.printable import printable
 from retinanet_keras.training import data_record, loading
@@ -41,13 +41,13 @@ def detect(model, images, to, min_score):
     if RunFolder(model).config_file.exists():
         config, net = load_run(model)
         max_pixels = config.data.max_pixels
-        search, categories = detector.of_model(net, config), Categories.from_list(net.categories)
+        detect_images, categories = detector.of_model(net, config), Categories.from_list(net.categories)
     elif Path(model).suffix == ".keras":
         net = loading.of_file(model, "--model")
-        search, categories = detector.of_model(net, Config()), Categories.from_list(net.categories)
+        detect_images, categories = detector.of_model(net, Config()), Categories.from_list(net.categories)
     else:
         path = loading.saved_model(model)
-        search, categories = detector.of_export(path)
+        detect_images, categories = detector.of_export(path)
         max_pixels = model_card.max_pixels(path) or max_pixels
     failed = 0
     print(text_table.HEADER)
@@ -58,7 +58,7 @@ def detect(model, images, to, min_score):
             print(f"error: {printable(error)}", file=sys.stderr)
             failed += 1
             continue
-        boxes, scores, labels = detector.detections_of(search, pixels)
+        boxes, scores, labels = detector.detections_of(detect_images, pixels)
         shown = scores >= min_score
         names = [categories.names[label] for label in labels]
         print(*text_table.rows(name, boxes, scores, names, min_score), sep="\n")
@@ -93,8 +93,8 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
         metrics = _metrics(RunFolder(workdir), config.data, step) if workdir else None
         print(f"written to {export_model(model, config, to, precision=precision, metrics=metrics, run=bool(workdir))}")
     if onnx:
-        search = search_function(model, config, precision, onnx_file.resize)
-        print(f"written to {onnx_file.write(search, model.categories, onnx)}")
+        detect_images = detect_function(model, config, precision, onnx_file.resize)
+        print(f"written to {onnx_file.write(detect_images, model.categories, onnx)}")
     return 0
 
 

@@ -153,10 +153,10 @@ def _detector(strategy, folder, settings, split, weights, export):
     """
     if export:
         path = loading.saved_model(export)
-        search, categories = detector.of_export(path)
+        detect_images, categories = detector.of_export(path)
         files = (path / "saved_model.pb", *sorted(path.glob("variables/*")))
         state = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-        return functools.partial(detect.detect_split_by_export, search), categories, (state, str(path)), {}
+        return functools.partial(detect.detect_split_by_export, detect_images), categories, (state, str(path)), {}
     step = None
     with strategy.scope():
         if not weights:

@@ -1,7 +1,12 @@
-"""JSON in COCO's formats: read, and checked entry by entry."""
+"""Reading JSON in COCO's formats, and checking it entry by entry."""
+
+from __future__ import annotations
 
 import collections
 import numbers
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from retinanet_keras.data import coco_rules
 from retinanet_keras.errors import DataError
@@ -9,18 +14,18 @@ from retinanet_keras.storage import strict_json
 from retinanet_keras.storage.printable import printable
 
 
-def read_json(path):
-    """The tree of a JSON file, or a DataError that names it."""
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The tree of a JSON file; a DataError names the file."""
     try:
-        return strict_json.read(path, strict=False)  # which for millions of detections would take seconds
+        return strict_json.read(path, strict=False)  # strict would take seconds for millions of detections
     except (OSError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     except strict_json.JsonError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
 
 
-def check_entries(entries, keys, where):
-    """Every entry is a dict with these keys, `bbox` a list of four numbers."""
+def check_entries(entries: Iterable[Any], keys: Sequence[str], where: str) -> None:
+    """Check that every entry is a dict with these keys, `bbox` a list of four numbers."""
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise DataError(f"{where}: entry {position}: expected an object, got {kind(entry)}")
@@ -34,12 +39,14 @@ def check_entries(entries, keys, where):
             )
 
 
-def check_known(times, known, where, what):
-    """Every id is known, or a DataError says which are not and how many entries have them.
+def check_known(times: Mapping[Any, int], known: Collection[Any], where: str, what: str) -> None:
+    """Check that every id is known; a DataError lists unknown ids and the number of entries that have them.
 
     Args:
-        times: {id: entries that have it}.
-        known: the ids that there are.
+        times: {id: number of entries that have it}.
+        known: the existing ids.
+        where: str. What the entries belong to, for the message.
+        what: str. The kind of id, for the message.
     """
     unknown = {key: count for key, count in times.items() if key not in known}
     if unknown:
@@ -51,16 +58,16 @@ def check_known(times, known, where, what):
         )
 
 
-def count(ids, where, what):
-    """{id: how often it comes}, in the order of first appearance, or a DataError where one can be no id."""
+def count(ids: Iterable[Any], where: str, what: str) -> collections.Counter:
+    """Count ids, in the order of first appearance; a DataError if one is neither a number nor a string."""
     ids = list(ids)
     if {bool, list, dict, type(None)} & set(map(type, ids)):  # true would pass for 1
         raise DataError(f"{where}: expected each {what} as a number or string")
     return collections.Counter(ids)
 
 
-def numbered(entries, where):
-    """{id: its place in the order of ids} of a list of dicts."""
+def numbered(entries: Sequence[Any], where: str) -> dict[Any, int]:
+    """{id: its index in the order of ids} of a list of dicts."""
     ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
     odd = sum(not (is_number(i) or isinstance(i, str)) for i in ids)
     if odd:
@@ -71,18 +78,18 @@ def numbered(entries, where):
     return {key: index for index, key in enumerate(sorted(ids, key=lambda i: (isinstance(i, str), i)))}
 
 
-def finite(value):
-    """Whether it is a number with which float32 can compute."""
+def finite(value: Any) -> bool:
+    """Whether a value is a number that float32 can compute with."""
     return is_number(value) and abs(value) <= coco_rules.LARGEST
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _named(id_):
+def _named(id_: Any) -> str:
     return printable(repr(id_), 60)
 
 
-def kind(value):
+def kind(value: Any) -> str:
     return "nothing" if value is None else type(value).__name__

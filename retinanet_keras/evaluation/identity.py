@@ -1,13 +1,20 @@
 """What metrics belong to: a digest of the weights, and the settings that change the numbers."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retinanet_keras.storage import disk
 
+if TYPE_CHECKING:
+    from retinanet_keras.config import Config
+    from retinanet_keras.model import RetinaNet
 
-def identity(model, config, split=None):
+
+def identity(model: RetinaNet, config: Config, split: str | None = None) -> dict[str, Any]:
     """What two evaluations must share for their metrics to be interchangeable; stored in metrics.json.
 
     Args:

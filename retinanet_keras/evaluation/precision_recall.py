@@ -1,59 +1,76 @@
-"""COCO's precision and recall of detections, by pycocotools or by a faster library that gives equal bits.
+"""COCO's precision and recall of detections, by pycocotools or by a faster library with bit-identical results.
 
-Both libraries get images and categories as their numbers in `truth.Truth`. Detections are columns as of
-`records.Records.columns`, with the truth's numbers.
+Both libraries are given images and categories by their numbers in `ground_truth.Truth`; `ground_truth.number` gives
+detections these numbers.
 """
+
+from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from retinanet_keras.evaluation.ground_truth import Truth
+from retinanet_keras.evaluation.results import DetectionColumns
+
 PARAMS = COCOeval(iouType="bbox").params  # 10 IoUs, 101 recalls, areas all, small, medium, large; 1, 10, 100 detections
-ALL, SMALL, MEDIUM, LARGE = range(4)  # places of `areaRng`
+ALL, SMALL, MEDIUM, LARGE = range(4)  # indices into `areaRng`
 SHAPE = len(PARAMS.iouThrs), len(PARAMS.recThrs), len(PARAMS.areaRng), len(PARAMS.maxDets)
 
 
-def pycocotools(truth, detections, images):
-    """(precision [10 IoUs, 101 recalls, K, 4 areas, 3], recall [10, K, 4, 3]); the last axis: 1, 10, 100 detections.
+def pycocotools(
+    truth: Truth, detections: DetectionColumns, images: npt.NDArray
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Precision and recall by pycocotools.
 
-    What cannot be told is -1. The classes are evaluated one after the other, each over the images that have it in the
-    ground truth or the detections: pycocotools scores classes apart and skips the other images, so that the numbers are
-    those of one call, which would keep 1.5 GB of matches for 500,000 detections.
+    The classes are evaluated one by one, each over the images that have it in the ground truth or the detections.
+    pycocotools scores classes separately and skips other images, so the numbers equal those of a single call, which
+    would hold 1.5 GB of matches in memory for 500,000 detections.
 
     Args:
-        truth: a Truth.
-        detections: (image [N], category [N], boxes [N, 4], scores [N]).
-        images: sorted numbers of the images to evaluate.
+        truth: Truth.
+        detections: DetectionColumns, numbered as the ground truth.
+        images: int [n]. Sorted numbers of the images to evaluate.
+
+    Returns:
+        (precision [10 IoUs, 101 recalls, K, 4 areas, 3], recall [10, K, 4, 3]); the last axis is for 1, 10 and 100
+        detections per image. Undefined values are -1.
     """
     ious, recalls, areas, limits = SHAPE
     count = len(truth.categories)
     precision, recall = -np.ones((ious, recalls, count, areas, limits)), -np.ones((ious, count, areas, limits))
     chosen = np.isin(np.arange(len(truth.images)), images)
-    found = (detections[0], detections[1], detections[2], detections[2][:, 2] * detections[2][:, 3])
+    areas_of_boxes = detections.boxes[:, 2] * detections.boxes[:, 3]  # [N]
     of_class = [np.flatnonzero((truth.category == k) & chosen[truth.image]) for k in range(count)]
-    order = np.argsort(detections[1], kind="stable")
-    order = order[chosen[detections[0][order]]]
-    starts = np.searchsorted(detections[1][order], np.arange(count + 1))
+    order = np.argsort(detections.category, kind="stable")
+    order = order[chosen[detections.image[order]]]
+    starts: npt.NDArray = np.searchsorted(detections.category[order], np.arange(count + 1))
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         for k in range(count):
             objects, rows = of_class[k], order[starts[k] : starts[k + 1]]
             if not len(objects):
-                continue  # nothing to be told
-            known = _annotations(truth.image, truth.category, truth.boxes, truth.area, objects, iscrowd=truth.crowd)
-            guessed = _annotations(*found, rows, score=detections[3])
-            here = np.union1d(truth.image[objects], detections[0][rows])
-            evaluation = COCOeval(_index(here, k, known), _index(here, k, guessed), "bbox")
+                continue  # undefined
+            expected = _annotations(truth.image, truth.category, truth.boxes, truth.area, objects, iscrowd=truth.crowd)
+            detected = _annotations(
+                detections.image, detections.category, detections.boxes, areas_of_boxes, rows, score=detections.scores
+            )
+            images_of_class = np.union1d(truth.image[objects], detections.image[rows])
+            evaluation = COCOeval(_index(images_of_class, k, expected), _index(images_of_class, k, detected), "bbox")
             evaluation.evaluate()
             evaluation.accumulate()
             precision[:, :, k], recall[:, k] = evaluation.eval["precision"][:, :, 0], evaluation.eval["recall"][:, 0]
     return precision, recall
 
 
-def hotcoco(truth, detections, images):
-    """What `pycocotools` gives, by hotcoco."""
+def hotcoco(
+    truth: Truth, detections: DetectionColumns, images: npt.NDArray
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Precision and recall by hotcoco; arguments and results are those of `pycocotools`."""
     import hotcoco as library
 
     ious, recalls, areas, limits = SHAPE
@@ -69,18 +86,19 @@ def hotcoco(truth, detections, images):
         area=truth.area,
         iscrowd=truth.crowd,
     )
-    image, category, boxes, scores = detections
-    found = ground.load_res(np.column_stack([image, boxes, scores, category]).astype(np.float64))
-    evaluation = library.COCOeval(ground, found, "bbox")
+    columns = [detections.image, detections.boxes, detections.scores, detections.category]
+    detected = ground.load_res(np.column_stack(columns).astype(np.float64))
+    evaluation = library.COCOeval(ground, detected, "bbox")
     evaluation.params.img_ids = [int(number) for number in images]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
+    accumulated: Any = evaluation.eval
+    return accumulated["precision"], accumulated["recall"]
 
 
-def twelve(precision, recall):
-    """COCO's 12 numbers [12] of these arrays, by pycocotools' own summary."""
+def twelve(precision: npt.NDArray, recall: npt.NDArray) -> npt.NDArray[np.float64]:
+    """COCO's 12 metrics [12] from these arrays, by pycocotools' own summary."""
     evaluation = COCOeval(iouType="bbox")
     evaluation.eval = {"precision": precision, "recall": recall}
     with contextlib.redirect_stdout(io.StringIO()):  # its table
@@ -88,7 +106,16 @@ def twelve(precision, recall):
     return evaluation.stats
 
 
-def _annotations(image, category, boxes, area, rows, *, iscrowd=None, score=None):
+def _annotations(
+    image: npt.NDArray,
+    category: npt.NDArray,
+    boxes: npt.NDArray,
+    area: npt.NDArray,
+    rows: npt.NDArray,
+    *,
+    iscrowd: npt.NDArray | None = None,
+    score: npt.NDArray | None = None,
+) -> list[dict[str, Any]]:
     """These rows as pycocotools' dicts, numbered from 1: it takes a match with annotation 0 for no match."""
     columns = {"image_id": image, "category_id": category, "bbox": boxes, "area": area}
     columns |= {key: column for key, column in (("iscrowd", iscrowd), ("score", score)) if column is not None}
@@ -98,8 +125,8 @@ def _annotations(image, category, boxes, area, rows, *, iscrowd=None, score=None
     ]
 
 
-def _index(images, category, annotations):
-    """pycocotools' COCO object of annotations of one class."""
+def _index(images: npt.NDArray, category: int, annotations: list[dict[str, Any]]) -> COCO:
+    """pycocotools' COCO object for the annotations of one class."""
     index = COCO()
     index.dataset = {
         "images": [{"id": image} for image in images.tolist()],

@@ -1,11 +1,17 @@
-"""An evaluation as one page of HTML that needs nothing else: no script, no network, no other file."""
+"""The report of an evaluation: one self-contained HTML page without scripts."""
+
+from __future__ import annotations
 
 import base64
 import html
 import io
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from retinanet_keras.evaluation.coco_metrics import IOUS, MEANINGS, METRICS
@@ -24,18 +30,27 @@ STAGES = {
 SIZES = {"s": ("small", "area up to 32²"), "m": ("medium", "32² to 96²"), "l": ("large", "from 96²")}
 
 
-def write_report(path, metrics, *, title="Evaluation", about=None, speed=None, best=(), worst=()):
-    """Write the page; the earlier file stays whole until the new one is complete.
+def write_report(
+    path: str | os.PathLike[str],
+    metrics: dict[str, Any],
+    *,
+    title: str = "Evaluation",
+    about: Mapping[str, str] | None = None,
+    speed: Mapping[str, float] | None = None,
+    best: Iterable[tuple[str, npt.NDArray]] = (),
+    worst: Iterable[tuple[str, npt.NDArray]] = (),
+) -> None:
+    """Write the page; an earlier file is replaced only when the new one is complete.
 
     Args:
-        path: of the HTML file; its folder is made.
-        metrics: of `coco_metrics.coco_metrics`.
-        title: of the page.
-        about: {label: text} of what was evaluated, such as the model, split, library and date.
-        speed: {"input", "network", "post_processing": milliseconds an image; "images_per_second"}, each of which may be
-            missing; None leaves the section out.
-        best, worst: (caption, uint8 image [H, W, 3]) of the images at both ends, as `draw.side_by_side` makes them;
-            large ones are shrunk.
+        path: path of the HTML file; its folder is created.
+        metrics: dict. As of `coco_metrics.coco_metrics`.
+        title: str. Title of the page.
+        about: {label: text} about what was evaluated, such as the model, split, library and date.
+        speed: {"input", "network", "post_processing": milliseconds per image; "images_per_second"}, each of which may
+            be missing. None: no such section.
+        best, worst: (caption, uint8 image [H, W, 3]) of the best and worst images, as of `draw.side_by_side`; large
+            ones are downscaled.
     """
     sections = [
         _head(title, about or {}, metrics),
@@ -63,8 +78,8 @@ def write_report(path, metrics, *, title="Evaluation", about=None, speed=None, b
         file.write(page)
 
 
-def caption(row):
-    """What is said under a picture, of a row of `metrics["images"]["best"]` or `["worst"]`."""
+def caption(row: Mapping[str, Any]) -> str:
+    """The caption of a picture, from a row of `metrics["images"]["best"]` or `["worst"]`."""
     return (
         f"Image {row['image_id']}: F1 {row['f1']:.2f}; {row['found']} found, {row['missed']} missed, "
         f"{row['false']} false"
@@ -209,8 +224,8 @@ def _percent(value):
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _text(value):
-    """As text of HTML, also inside of quotes."""
+def _text(value: object) -> str:
+    """A value as escaped HTML text, also for attributes."""
     return html.escape(printable(value, LONGEST), quote=True)
 
 

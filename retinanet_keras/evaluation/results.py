@@ -1,13 +1,20 @@
-"""Detections of a whole split as arrays, and as COCO's results format: a list of objects in JSON.
+"""Detections of an image and of a whole split, and COCO's results format: a list of objects in JSON.
 
 Boxes are absolute `x1, y1, x2, y2` everywhere else; they become COCO's `x, y, width, height` here.
 """
 
+from __future__ import annotations
+
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from retinanet_keras.data.coco import Categories
 from retinanet_keras.data.coco_rules import LARGEST
 from retinanet_keras.errors import DataError
 from retinanet_keras.evaluation import coco_json
@@ -18,49 +25,68 @@ DECIMALS = 12  # up to which a float32 times that power of ten is exact in float
 CHUNK = 10_000  # detections written at once
 
 
+@dataclass(frozen=True, eq=False)
+class ImageDetections:
+    """The detections of one image."""
+
+    image_id: Any  # the image's id in the annotations, a number or a string
+    boxes: npt.ArrayLike  # [n, 4], absolute x1, y1, x2, y2 in pixels of the original image
+    scores: npt.ArrayLike  # [n]
+    labels: npt.ArrayLike  # [n], 0..K-1
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionColumns:
+    """The detections of many images, one array for each field; images and categories are numbered from 0."""
+
+    image: npt.NDArray  # int [N]
+    category: npt.NDArray  # int [N]
+    boxes: npt.NDArray  # float64 [N, 4], x, y, width, height
+    scores: npt.NDArray  # float64 [N]
+
+
 class Records:
-    """Detections in the order they were given; 48 bytes each, where a dict takes ten times that.
+    """Detections in the order they were added; 48 bytes each, where a dict takes ten times that.
 
-    Numbers are float64 with the shortest decimals that name their float32, which is what the file holds: what is
-    scored in memory and what is scored from the file are equal to the bit.
+    Each number is the float64 of the shortest decimal that rounds to its float32. The file holds the same decimals, so
+    scores computed from memory and from the file are bit-identical.
 
-    Attributes:
-        source: what messages call the detections.
+    Args:
+        source: str. What error messages call the detections.
     """
 
-    def __init__(self, source="The results"):
+    def __init__(self, source: str = "The results") -> None:
         self.source = source
-        self._image_ids, self._category_ids = {}, {}  # id -> its number in the arrays
-        self._columns = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0)  # as `columns`
-        self._added = []  # such columns, one image each, still in float32
-        self._order = None
+        self._image_ids: dict[Any, int] = {}  # id -> its number in the arrays
+        self._category_ids: dict[Any, int] = {}
+        self._columns = DetectionColumns(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4)), np.zeros(0))
+        self._added: list[DetectionColumns] = []  # one image each, still in float32
+        self._order: npt.NDArray | None = None
 
-    def __len__(self):
-        return len(self._columns[0]) + sum(len(added[0]) for added in self._added)
+    def __len__(self) -> int:
+        return len(self._columns.image) + sum(len(added.image) for added in self._added)
 
-    def append(self, image_id, boxes, scores, labels, categories):
+    def append(self, detections: ImageDetections, categories: Categories) -> None:
         """Add the detections of one image.
 
         Args:
-            image_id: the image's id in the annotations.
-            boxes: [n, 4] absolute x1, y1, x2, y2 in pixels of the original image.
-            scores: [n].
-            labels: [n] in 0..K-1; rows of label -1, the padding of `model.detect`, are ignored.
+            detections: ImageDetections. Rows of label -1, the padding of `model.detect`, are ignored.
             categories: data.coco.Categories.
 
         Raises:
             DataError: for a label without a category, and for boxes or scores that are not finite.
         """
-        boxes = np.asarray(boxes, np.float32).reshape(-1, 4)  # [n, 4]
-        scores = np.asarray(scores, np.float32).reshape(-1)  # [n]
-        labels = np.asarray(labels).astype(np.int64).reshape(-1)  # [n]
+        image_id = detections.image_id
+        boxes = np.asarray(detections.boxes, np.float32).reshape(-1, 4)  # [n, 4]
+        scores = np.asarray(detections.scores, np.float32).reshape(-1)  # [n]
+        labels = np.asarray(detections.labels).astype(np.int64).reshape(-1)  # [n]
         if not len(boxes) == len(scores) == len(labels):
             raise DataError(
                 f"Image {image_id!r}: expected as many boxes as scores and labels, "
                 f"got {len(boxes)}, {len(scores)} and {len(labels)}"
             )
-        kept = labels >= 0
-        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        real = labels >= 0
+        boxes, scores, labels = boxes[real], scores[real], labels[real]
         if labels.size and labels.max() >= len(categories.ids):
             raise DataError(
                 f"Image {image_id!r}: a detection has label {labels.max()}, but the {len(categories.ids)} categories "
@@ -71,17 +97,22 @@ class Records:
         if not labels.size:
             return
         image = _number_of(image_id, self._image_ids)
-        found, places = np.unique(labels, return_inverse=True)
-        category = np.array([_number_of(int(categories.ids[label]), self._category_ids) for label in found], np.int32)
+        distinct, positions = np.unique(labels, return_inverse=True)
+        category = np.array(
+            [_number_of(int(categories.ids[label]), self._category_ids) for label in distinct], np.int32
+        )
         xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)  # [n, 4]
-        self._added.append((np.full(len(labels), image, np.int32), category[places], xywh, scores))
+        self._added.append(DetectionColumns(np.full(len(labels), image, np.int32), category[positions], xywh, scores))
 
     @classmethod
-    def from_json(cls, results):
-        """The Records of a list of dicts in COCO's results format, or of a path to its JSON.
+    def from_json(cls, results: Sequence[dict[str, Any]] | str | os.PathLike[str]) -> Records:
+        """Read COCO's results format.
+
+        Args:
+            results: a list of dicts in that format, or a path to its JSON.
 
         Raises:
-            DataError: naming the entry that is malformed, what was expected and what came.
+            DataError: naming the malformed entry, what was expected and what was given.
         """
         records = cls()
         if isinstance(results, (str, os.PathLike)):
@@ -94,81 +125,91 @@ class Records:
         _check(results, records.source)
         columns = []
         for key, what, numbers in (
-            ("image_id", "image id", records._image_ids), ("category_id", "category id", records._category_ids)
-        ):  # fmt: skip
+            ("image_id", "image id", records._image_ids),
+            ("category_id", "category id", records._category_ids),
+        ):
             for id_ in coco_json.count((r[key] for r in results), records.source, what):
                 _number_of(id_, numbers)
             columns.append(np.fromiter((numbers[r[key]] for r in results), np.int32, len(results)))
         boxes = np.array([r["bbox"] for r in results], np.float64).reshape(-1, 4)
-        records._columns = (*columns, boxes, np.array([r["score"] for r in results], np.float64))
+        image, category = columns
+        records._columns = DetectionColumns(image, category, boxes, np.array([r["score"] for r in results], np.float64))
         return records
 
-    def columns(self):
-        """(image numbers [N], category numbers [N], boxes float64 [N, 4] x, y, width, height, scores float64 [N]).
-
-        The numbers are places in `image_ids` and `category_ids`.
-        """
+    def columns(self) -> DetectionColumns:
+        """All detections as arrays; images and categories are indices into `image_ids` and `category_ids`."""
         if self._added:
-            image, category, boxes, scores = (np.concatenate(parts) for parts in zip(*self._added, strict=True))
-            added = image, category, shortest(boxes), shortest(scores)
-            self._columns = tuple(np.concatenate(parts) for parts in zip(self._columns, added, strict=True))
+            earlier, added = self._columns, self._added
+            self._columns = DetectionColumns(
+                image=np.concatenate([earlier.image, *(one.image for one in added)]),
+                category=np.concatenate([earlier.category, *(one.category for one in added)]),
+                boxes=np.concatenate([earlier.boxes, shortest(np.concatenate([one.boxes for one in added]))]),
+                scores=np.concatenate([earlier.scores, shortest(np.concatenate([one.scores for one in added]))]),
+            )
             self._added, self._order = [], None
         return self._columns
 
     @property
-    def image_ids(self):
-        """The ids of the images that have detections, in the order they came."""
+    def image_ids(self) -> list[Any]:
+        """The ids of the images with detections, in the order they were added."""
         return list(self._image_ids)
 
     @property
-    def category_ids(self):
-        """The ids of the categories of the detections, in the order they came."""
+    def category_ids(self) -> list[Any]:
+        """The ids of the categories with detections, in the order they were added."""
         return list(self._category_ids)
 
-    def of_image(self, image_id, categories):
-        """(boxes float32 [n, 4] absolute x1, y1, x2, y2, scores float32 [n], labels int64 [n]) of one image.
+    def of_image(self, image_id: Any, categories: Categories) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+        """The boxes, scores and labels of one image.
 
         Args:
-            categories: data.coco.Categories, which give the labels.
+            image_id: the image's id in the annotations.
+            categories: data.coco.Categories, which map category ids to labels.
+
+        Returns:
+            (boxes float32 [n, 4], absolute x1, y1, x2, y2; scores float32 [n]; labels int64 [n]).
 
         Raises:
-            DataError: for detections of another category.
+            DataError: for a detection of a category that is not among them.
         """
-        image, category, boxes, scores = self.columns()
+        columns = self.columns()
         if self._order is None:
-            self._order = np.argsort(image, kind="stable")
+            self._order = np.argsort(columns.image, kind="stable")
         number = self._image_ids.get(image_id, -1)
-        start, stop = np.searchsorted(image, (number, number + 1), sorter=self._order)
+        start = np.searchsorted(columns.image, number, sorter=self._order)
+        stop = np.searchsorted(columns.image, number + 1, sorter=self._order)
         rows = self._order[start:stop]
         label_of, ids = {id_: label for label, id_ in enumerate(categories.ids)}, self.category_ids
         try:
-            labels = np.array([label_of[ids[c]] for c in category[rows]], np.int64)
+            labels = np.array([label_of[ids[c]] for c in columns.category[rows]], np.int64)
         except KeyError as error:
             raise DataError(
                 f"{self.source}: image {image_id!r} has a detection of category {error.args[0]!r}, which is none of "
-                f"the {len(label_of)} categories of the dataset"
+                f"the {len(label_of)} categories of the dataset. Were the detections made for another dataset?"
             ) from None
-        xywh = boxes[rows]
+        xywh = columns.boxes[rows]
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        return xyxy.astype(np.float32), scores[rows].astype(np.float32), labels
+        return xyxy.astype(np.float32), columns.scores[rows].astype(np.float32), labels
 
-    def to_list(self):
+    def to_list(self) -> list[dict[str, Any]]:
         """The detections as dicts in COCO's results format, of plain ints and floats; `from_json` is the inverse."""
-        image, category, boxes, scores = (column.tolist() for column in self.columns())
+        columns = self.columns()
+        fields = (columns.image, columns.category, columns.boxes, columns.scores)
         images, categories = self.image_ids, self.category_ids
         return [
             {"image_id": images[i], "category_id": categories[c], "bbox": box, "score": score}
-            for i, c, box, score in zip(image, category, boxes, scores, strict=True)
+            for i, c, box, score in zip(*(values.tolist() for values in fields), strict=True)
         ]
 
-    def write(self, path):
-        """Write COCO's results JSON; the earlier file stays whole until the new one is complete."""
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write COCO's results JSON; an earlier file is replaced only when the new one is complete."""
         images, categories = ([json.dumps(i) for i in ids] for ids in (self.image_ids, self.category_ids))
         columns = self.columns()
+        fields = (columns.image, columns.category, columns.boxes, columns.scores)
         with disk.replacing_text(path) as file:
             file.write("[")
             for start in range(0, len(self), CHUNK):
-                image, category, boxes, scores = (column[start : start + CHUNK].tolist() for column in columns)
+                image, category, boxes, scores = (values[start : start + CHUNK].tolist() for values in fields)
                 file.write("," if start else "")
                 file.write(
                     ",".join(
@@ -180,23 +221,23 @@ class Records:
             file.write("]")
 
 
-def shortest(values):
-    """float64 of the shortest decimals that name these float32: what `float(str(value))` gives for each."""
+def shortest(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The float64 of the shortest decimals that round to these float32 values: `float(str(value))` of each."""
     flat = np.asarray(values, np.float32).reshape(-1)
     out = flat.astype(np.float64)
-    left = np.flatnonzero((np.abs(flat) < 2**23) & (flat != np.rint(flat)))  # whole numbers are their own names
+    left = np.flatnonzero((np.abs(flat) < 2**23) & (flat != np.rint(flat)))  # whole numbers are exact
     for decimals in range(1, DECIMALS + 1):
         shorter = np.rint(out[left] * 10.0**decimals) / 10.0**decimals  # a whole number by a power of ten is exact
-        names = shorter.astype(np.float32) == flat[left]
-        out[left[names]] = shorter[names]
-        left = left[~names]
+        exact = shorter.astype(np.float32) == flat[left]
+        out[left[exact]] = shorter[exact]
+        left = left[~exact]
     left = np.concatenate([left, np.flatnonzero(np.abs(flat) >= 2**23)])
     out[left] = [float(str(value)) for value in flat[left]]
     return out.reshape(np.shape(values))
 
 
-def _check(results, where):
-    """A DataError where entries are malformed; one without a fault is found so in passes that run in C."""
+def _check(results: Sequence[Any], where: str) -> None:
+    """Raise a DataError for malformed entries; `_is_plain` first, which is fast, as its loops run in C."""
     if _is_plain(results):
         return
     coco_json.check_entries(results, KEYS, where)
@@ -213,8 +254,8 @@ def _check(results, where):
             )
 
 
-def _is_plain(results):
-    """Whether these are dicts of the keys, with finite ints and floats where numbers belong, no size below 0."""
+def _is_plain(results: Sequence[Any]) -> bool:
+    """Whether these are dicts of the keys, with finite ints and floats as numbers and no negative size."""
     try:
         boxes, scores = [r["bbox"] for r in results], [r["score"] for r in results]
         if not all("image_id" in r and "category_id" in r for r in results):
@@ -230,7 +271,7 @@ def _is_plain(results):
     return bool(small and (boxes[:, 2:] >= 0).all())
 
 
-def _number_of(id_, numbers):
-    """The number of an id, a new one where it has none yet; ids of NumPy become Python's, which JSON knows."""
+def _number_of(id_: Any, numbers: dict[Any, int]) -> int:
+    """The number of an id, a new one if it has none yet; NumPy scalars become Python's, for JSON."""
     id_ = id_.item() if isinstance(id_, np.generic) else id_
     return numbers.setdefault(id_, len(numbers))

@@ -1,1 +1,1 @@
-"""SavedModels that take images as they are, and detection with them."""
+"""SavedModels that take images of any size, and detection with them."""

@@ -1,68 +1,79 @@
-"""Checks of what a server answers: the outputs of a RetinaNet for as many images as were sent, or one sentence.
+"""Checks of a server's response: it must be the outputs of a RetinaNet for as many images as were sent.
 
-A server may be another model's, broken, or hostile; nothing of an answer is used before it has passed.
+A server may serve another model, be broken, or be hostile; no part of a response is used before it is checked.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from retinanet_keras.storage.printable import printable
 
-MOST_BYTES = 2**26  # of an answer: those to 400 images with 1,000 detections each, as JSON
+MOST_BYTES = 2**26  # of a response: 400 images with 1,000 detections each, as JSON
 MOST_VALUES = 2**24  # of one output
-MOST_DETECTIONS = 10**5  # in an image, as many as `detection.max_detections` may ask for
+MOST_DETECTIONS = 10**5  # of an image: the largest `detection.max_detections`
 OUTPUTS = {
-    "boxes": "float32", "scores": "float32", "labels": "int32", "category_ids": "int64", "names": "str",
+    "boxes": "float32",
+    "scores": "float32",
+    "labels": "int32",
+    "category_ids": "int64",
+    "names": "str",
     "num_detections": "int32",
-}  # fmt: skip
-ROUNDING = 1.0  # pixels that a box may be outside of its image
+}
+ROUNDING = 1.0  # pixels that a box may exceed its image by
 
 
 class BadAnswer(ValueError):
-    """An answer that is not one of a RetinaNet; the message says what is wrong, as part of a sentence."""
+    """A response that no RetinaNet gives; the message says what is wrong, as part of a sentence."""
 
 
-def checked(outputs, images, size=(np.inf, np.inf)):
-    """The outputs of `export.signatures` in their types.
+def checked(outputs: Any, images: int, size: npt.ArrayLike = (np.inf, np.inf)) -> dict[str, npt.NDArray]:
+    """Check a response and convert its outputs to the types of `export.signatures`.
 
     Args:
-        outputs: {name: NumPy array, or what JSON has for it}.
-        images: int. Images that were sent.
-        size: (height, width) of all of them, or of each, [B, 2]; infinite where it is not known.
+        outputs: {name: NumPy array, or its nested lists from JSON}.
+        images: int. Number of images that were sent.
+        size: (height, width) of all images, or of each, [B, 2]; infinite if unknown.
 
     Returns:
         {name: array}; names are str.
 
     Raises:
-        BadAnswer: where an output is missing or has another type or shape, a number is out of its range, or rows past
-            the number of detections count.
+        BadAnswer: if an output is missing or has another type or shape, a number is out of range, or num_detections is
+            more than there are rows.
     """
     if not isinstance(outputs, dict):
         raise BadAnswer(f"expected outputs by name, got {_kind(outputs)}")
     _check_names(outputs)
-    found = {name: _array(name, outputs[name], kind) for name, kind in OUTPUTS.items()}
-    check_shapes({name: array.shape for name, array in found.items()}, images)
-    count, detections = found["num_detections"], found["scores"].shape[1]
+    arrays = {name: _array(name, outputs[name], kind) for name, kind in OUTPUTS.items()}
+    check_shapes({name: array.shape for name, array in arrays.items()}, images)
+    count, detections = arrays["num_detections"], arrays["scores"].shape[1]
     if not ((0 <= count) & (count <= detections)).all():
         raise BadAnswer(f"num_detections of {_worst(count, detections)}, expected 0 to {detections}")
     used = np.arange(detections) < count[:, None]  # [B, D]
     sizes = np.broadcast_to(np.reshape(np.asarray(size, np.float32), (-1, 2)), (images, 2))
-    _check_used({name: found[name][used] for name in ("boxes", "scores", "labels")}, np.repeat(sizes, count, axis=0))
-    return found
+    boxes, scores, labels = (arrays[name][used] for name in ("boxes", "scores", "labels"))
+    _check_used(boxes, scores, labels, np.repeat(sizes, count, axis=0))
+    return arrays
 
 
-def check_shapes(shapes, images):
-    """Check what an answer says of itself before its values are looked at.
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], images: int) -> None:
+    """Check the shapes that a response claims, before its values are read.
 
     Args:
-        shapes: {output: tuple of int}; others than OUTPUTS are ignored.
-        images: int. Images that were sent.
+        shapes: {output: tuple of int}; outputs that are not in OUTPUTS are ignored.
+        images: int. Number of images that were sent.
 
     Raises:
-        BadAnswer: where an output is missing, or the shapes are not [B, D, 4] and [B, D] of the same D, at most
-            MOST_DETECTIONS, and [B].
+        BadAnswer: if an output is missing, or the shapes are not [B, D, 4], [B, D] and [B] with the same D, at most
+            MOST_DETECTIONS.
     """
     _check_names(shapes)
-    detections = shapes["scores"][1] if len(shapes["scores"]) == 2 else "D"
+    detections: Any = shapes["scores"][1] if len(shapes["scores"]) == 2 else "D"
     for name in OUTPUTS:
         shape = (images,) + {"boxes": (detections, 4), "num_detections": ()}.get(name, (detections,))
         if shapes[name] != shape:
@@ -72,19 +83,25 @@ def check_shapes(shapes, images):
         raise BadAnswer(f"{detections:,} detections an image, expected at most {MOST_DETECTIONS:,}")
 
 
-def _check_names(outputs):
+def _check_names(outputs: Iterable[str]) -> None:
     if missing := sorted(set(OUTPUTS) - set(outputs)):
         others = ", ".join(sorted(printable(name)[:40] for name in outputs)[:10])
         raise BadAnswer(f"no output {', '.join(missing)}, but {others or 'none at all'}")
 
 
-def _check_used(found, sizes):
-    """Of the rows that count, of all images: boxes [N, 4], scores [N], labels [N], and their images' sizes [N, 2]."""
-    boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
+def _check_used(boxes: npt.NDArray, scores: npt.NDArray, labels: npt.NDArray, sizes: npt.NDArray) -> None:
+    """Check the detections of all images, without padding.
+
+    Args:
+        boxes: [N, 4], x1, y1, x2, y2.
+        scores: [N].
+        labels: [N].
+        sizes: [N, 2]. Height and width of the image of each.
+    """
     if not np.isfinite(boxes).all():
         raise BadAnswer("boxes that are not finite")
     if (boxes[:, 2:] < boxes[:, :2]).any():
-        raise BadAnswer("boxes whose right or lower side is before the other")
+        raise BadAnswer("boxes with x2 < x1 or y2 < y1")
     high = np.tile(sizes[:, ::-1], 2) + ROUNDING  # [N, 4]
     outside = ((boxes < -ROUNDING) | (boxes > high)).any(axis=1)
     if outside.any():
@@ -94,11 +111,11 @@ def _check_used(found, sizes):
     if not ((scores >= 0) & (scores <= 1)).all():  # NaN is in no range
         raise BadAnswer("scores that are not from 0 to 1")
     if (labels < 0).any():
-        raise BadAnswer("labels below 0 among those that count")
+        raise BadAnswer("labels below 0 among the first num_detections")
 
 
-def _array(name, value, kind):
-    """An output as an array of its type; from JSON, whose numbers may be too large, or a text among them."""
+def _array(name: str, value: Any, kind: str) -> npt.NDArray:
+    """An output as an array of its type; numbers from JSON may be too large, or mixed with strings."""
     try:
         array = value if isinstance(value, np.ndarray) else np.array(value, object)
     except ValueError as error:  # lists of several lengths
@@ -116,7 +133,7 @@ def _array(name, value, kind):
         raise BadAnswer(f"{name} of type {array.dtype}, expected {kind}")
     try:
         with np.errstate(over="ignore"):
-            numbers = array.astype("int64" if whole else "float64").astype(kind)
+            numbers: npt.NDArray = array.astype("int64" if whole else "float64").astype(kind)
     except OverflowError:
         raise BadAnswer(f"{name} with a number too large for {kind}") from None
     if whole and (numbers != array).any():
@@ -124,18 +141,18 @@ def _array(name, value, kind):
     return numbers
 
 
-def _texts(name, array):
+def _texts(name: str, array: npt.NDArray) -> npt.NDArray:
     if array.dtype != object or {type(item) for item in array.ravel()} - {str, bytes}:
-        raise BadAnswer(f"{name} that are not texts")
-    if sum(map(len, array.ravel())) > MOST_BYTES:  # a tensor repeats its last value without sending it again
+        raise BadAnswer(f"{name} that are not strings")
+    if sum(map(len, array.ravel())) > MOST_BYTES:  # a tensor can repeat its last value without sending it
         raise BadAnswer(f"{name} of more than {MOST_BYTES >> 20} MB")
     texts = [item.decode(errors="replace") if isinstance(item, bytes) else item for item in array.ravel()]
-    return np.array([*texts, None], object)[:-1].reshape(array.shape)  # the None keeps NumPy from making fixed widths
+    return np.array([*texts, None], object)[:-1].reshape(array.shape)  # the None prevents a fixed-width type
 
 
-def _worst(count, detections):
+def _worst(count: npt.NDArray, detections: int) -> int:
     return int(count[(count < 0) | (count > detections)][0])
 
 
-def _kind(value):
+def _kind(value: Any) -> str:
     return {list: "a list", type(None): "nothing"}.get(type(value), type(value).__name__)

@@ -1,23 +1,32 @@
-"""TF Serving's Predict messages and the tensors in them, without TensorFlow: importing that takes seconds.
+"""TF Serving's Predict messages and the tensors in them, without TensorFlow, whose import takes seconds.
 
 Names, numbers and types are those of `tensorflow_serving/apis/{predict,model}.proto` and
 `tensorflow/core/framework/{tensor,tensor_shape,types}.proto` (Apache-2.0). Only the fields used here are declared,
-which protobuf allows: a reader skips fields that it does not know. Two other types stand for the same bytes: the enum
-DataType is a number, and a map is a list of keys and values.
+which protobuf allows: a reader skips unknown fields. Two types are declared differently, with the same bytes: the enum
+DataType as a number, and a map as a list of keys and values.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-# message: {field: (number, type), a list for a repeated field}
-MESSAGES = {
+# message: {field: (number, type)}; the type is in a list for a repeated field
+MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
     "Dim": {"size": (1, "int64")},
     "Shape": {"dim": (2, ["Dim"])},
     "Tensor": {
-        "dtype": (1, "int32"), "tensor_shape": (2, "Shape"), "tensor_content": (4, "bytes"),
-        "float_val": (5, ["float"]), "int_val": (7, ["int32"]), "string_val": (8, ["bytes"]),
+        "dtype": (1, "int32"),
+        "tensor_shape": (2, "Shape"),
+        "tensor_content": (4, "bytes"),
+        "float_val": (5, ["float"]),
+        "int_val": (7, ["int32"]),
+        "string_val": (8, ["bytes"]),
         "int64_val": (10, ["int64"]),
     },
     "Version": {"value": (1, "int64")},
@@ -25,14 +34,14 @@ MESSAGES = {
     "Named": {"key": (1, "string"), "value": (2, "Tensor")},
     "PredictRequest": {"model_spec": (1, "ModelSpec"), "inputs": (2, ["Named"])},
     "PredictResponse": {"outputs": (1, ["Named"]), "model_spec": (2, "ModelSpec")},
-}  # fmt: skip
+}
 STRING = 7  # DataType DT_STRING
-# DataType: (NumPy's type, the field that holds its values where `tensor_content` does not)
+# DataType: (NumPy's type, the field that holds its values if `tensor_content` is empty)
 NUMBERS = {1: ("float32", "float_val"), 3: ("int32", "int_val"), 4: ("uint8", "int_val"), 9: ("int64", "int64_val")}
 
 
-def _declare():
-    """The message classes of MESSAGES, in a pool of their own: TensorFlow, if imported later, declares its own."""
+def _declare() -> dict[str, Any]:
+    """The message classes of MESSAGES, in a separate pool, as TensorFlow declares its own if it is imported later."""
     file = descriptor_pb2.FileDescriptorProto(name="predict.proto", package="predict", syntax="proto3")
     for message, fields in MESSAGES.items():
         declared = file.message_type.add(name=message)
@@ -56,13 +65,13 @@ _CLASSES = _declare()
 Tensor, PredictRequest, PredictResponse = _CLASSES["Tensor"], _CLASSES["PredictRequest"], _CLASSES["PredictResponse"]
 
 
-def request(model, version, signature, inputs):
+def request(model: str, version: int | None, signature: str, inputs: Mapping[str, list[bytes] | npt.NDArray]) -> Any:
     """A PredictRequest.
 
     Args:
-        model: its name on the server.
-        version: a number, or None for the server's choice.
-        signature: its name.
+        model: str. Name of the model on the server.
+        version: int. None for the server's choice.
+        signature: str. Name of the signature.
         inputs: {name: list of bytes, or an array}.
     """
     message = PredictRequest()
@@ -75,8 +84,8 @@ def request(model, version, signature, inputs):
     return message
 
 
-def to_tensor(value):
-    """A Tensor of a list of bytes [B], or of an array of a type in NUMBERS; `to_array` is the inverse."""
+def to_tensor(value: list[bytes] | npt.NDArray) -> Any:
+    """The Tensor of a list of bytes [B], or of an array of a type in NUMBERS; `to_array` is the inverse."""
     if isinstance(value, list):
         tensor = Tensor(dtype=STRING, string_val=value)
         tensor.tensor_shape.dim.add(size=len(value))
@@ -89,19 +98,19 @@ def to_tensor(value):
     return tensor
 
 
-def to_array(tensor, most=2**31):
-    """The array of a Tensor, strings as an object array of bytes; missing values are repeats of the last one.
+def to_array(tensor: Any, most: int = 2**31) -> npt.NDArray:
+    """The array of a Tensor, strings as an object array of bytes; missing values repeat the last one.
 
     Args:
-        tensor: a Tensor.
-        most: int. Values that it may have.
+        tensor: Tensor.
+        most: int. The largest number of values that is accepted.
 
     Raises:
-        ValueError: where it is of another type, or has not as many values as its shape says, or more than `most`.
+        ValueError: if it has another type, more than `most` values, or a number of values that does not fit its shape.
     """
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     size = math.prod(shape)
-    if any(not 0 <= side <= most for side in shape) or size > most:  # a few bytes can name any shape
+    if any(not 0 <= side <= most for side in shape) or size > most:  # a few bytes can claim any shape
         raise ValueError(f"a tensor of shape {shape[:10]}")
     if tensor.dtype == STRING:
         values = tensor.string_val
@@ -115,7 +124,7 @@ def to_array(tensor, most=2**31):
     if len(values) > size or (size and not len(values)):
         raise ValueError(f"a tensor of shape {shape[:10]} with {len(values)} values")
     if tensor.dtype == STRING:
-        values = np.array([*values, None], object)[:-1]  # the None keeps NumPy from making fixed widths
+        values = np.array([*values, None], object)[:-1]  # the None prevents a fixed-width type
     else:
         values = np.array(values, kind)
     return np.pad(values, (0, size - len(values)), "edge").reshape(shape)

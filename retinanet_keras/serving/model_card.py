@@ -1,28 +1,36 @@
-"""The model card of an export: what it is, what goes in and comes out, how good it is, and sums to check it by."""
+"""The model card of an export: model, inputs, outputs, metrics, and checksums of its files."""
+
+from __future__ import annotations
 
 import functools
 import hashlib
 import html
 import json
+import os
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from retinanet_keras.evaluation.identity import identity
 from retinanet_keras.storage import disk, strict_json
 from retinanet_keras.storage.printable import printable
 
-EXTRA = Path("assets.extra")  # a folder that TensorFlow leaves alone
+if TYPE_CHECKING:
+    from retinanet_keras.config import Config
+    from retinanet_keras.model import RetinaNet
+
+EXTRA = Path("assets.extra")  # a folder of a SavedModel that TensorFlow ignores
 CARD, PAGE, SUMS = "model_card.json", "model_card.html", "SHA256SUMS"
 VERIFY = f"sha256sum --check {EXTRA / SUMS}"
 PARTS = ("retinanet_keras", "keras", "tensorflow")
 
 
-def write(folder, card):
-    """Write model_card.json, model_card.html and SHA256SUMS into an export's `assets.extra`, after all else.
+def write(folder: str | os.PathLike[str], card: dict[str, Any]) -> None:
+    """Write model_card.json, model_card.html and SHA256SUMS into `assets.extra`, after all other files of an export.
 
     Args:
-        folder: of the SavedModel.
-        card: of `describe`.
+        folder: path of the SavedModel.
+        card: dict. As of `describe`.
     """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -34,65 +42,80 @@ def write(folder, card):
     disk.write(extra / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
-def is_of(folder, card):
-    """Whether an export is there, whole, and of this card."""
+def is_of(folder: str | os.PathLike[str], card: dict[str, Any]) -> bool:
+    """Whether a folder contains a complete, undamaged export with this card."""
     folder = Path(folder)
     try:
-        found = strict_json.read(folder / EXTRA / CARD)
-        sums = found.pop("checksums")["files"]
-        whole = all((folder / EXTRA / name).is_file() for name in (PAGE, SUMS))
-        return whole and found == json.loads(json.dumps(card)) and all(_sum(folder / p) == sums[p] for p in sums)
-    except (OSError, strict_json.JsonError, KeyError, TypeError, AttributeError):  # none, or not written here
+        present = strict_json.read(folder / EXTRA / CARD)
+        sums = present.pop("checksums")["files"]
+        complete = all((folder / EXTRA / name).is_file() for name in (PAGE, SUMS))
+        return complete and present == json.loads(json.dumps(card)) and all(_sum(folder / p) == sums[p] for p in sums)
+    except (OSError, strict_json.JsonError, KeyError, TypeError, AttributeError):  # none, or not from this package
         return False
 
 
-def others(folder):
-    """The names of the files in a folder that are not of the export in it, such as an ONNX file beside it."""
+def others(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the files in a folder that do not belong to the export in it, such as an ONNX file beside it."""
     folder = Path(folder)
     try:
-        own = {*strict_json.read(folder / EXTRA / CARD)["checksums"]["files"]}
+        exported = {*strict_json.read(folder / EXTRA / CARD)["checksums"]["files"]}
     except (OSError, strict_json.JsonError, KeyError, TypeError):  # no export, or a damaged one
-        own = set()
-    own |= {str(EXTRA / name) for name in (CARD, PAGE, SUMS)}
+        exported = set()
+    exported |= {str(EXTRA / name) for name in (CARD, PAGE, SUMS)}
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [name for name in names if name not in own]
+    return [name for name in names if name not in exported]
 
 
-def max_pixels(folder):
-    """The most pixels of an image that an export takes; None where its card does not say."""
+def max_pixels(folder: str | os.PathLike[str]) -> int | None:
+    """The largest number of pixels of an image that an export takes; None if its card does not say."""
     return _count(folder, "inputs", "serving_bytes", "max_pixels")
 
 
-def num_classes(folder):
-    """How many classes the model of an export has; None where its card does not say."""
+def num_classes(folder: str | os.PathLike[str]) -> int | None:
+    """The number of classes of the model of an export; None if its card does not say."""
     return _count(folder, "model", "num_classes")
 
 
-def _count(folder, *keys):
+def _count(folder: str | os.PathLike[str], *keys: str) -> int | None:
     try:
-        found = functools.reduce(lambda tree, key: tree[key], keys, strict_json.read(Path(folder) / EXTRA / CARD))
+        value: Any = functools.reduce(lambda tree, key: tree[key], keys, strict_json.read(Path(folder) / EXTRA / CARD))
     except (OSError, strict_json.JsonError, KeyError, TypeError):
         return None
-    return found if type(found) is int else None
+    return value if type(value) is int else None
 
 
-def describe(model, config, precision=None, metrics=None, run=True):
+def describe(
+    model: RetinaNet,
+    config: Config,
+    precision: str | None = None,
+    metrics: dict[str, dict[str, Any]] | None = None,
+    run: bool = True,
+) -> dict[str, Any]:
     """The card as JSON-able dicts and lists, without the checksums.
 
     Args:
-        model: the RetinaNet in the export.
-        config: the Config it is exported with.
-        precision: of its convolutions; None: the model's own.
+        model: RetinaNet. The exported model.
+        config: Config. The one that it is exported with.
+        precision: str. That of its convolutions. None: the model's own.
         metrics: {split: metrics, with the "weights" and "settings" of `identity`}. Those of other weights or settings
-            than the export's are not shown; None: not measured.
-        run: whether `config` is also that of its training.
+            than the export's are not shown. None: not measured.
+        run: bool. Whether `config` is also that of the training.
     """
     settings, known = model.get_config(), identity(model, config)
     known["settings"]["precision"] = precision or model.compute_dtype
     names = (
-        "num_classes", "fpn_channels", "head_depth", "norm", "width", "p6_source", "head_norm", "pixel_mean",
-        "pixel_std", "anchors", "detection",
-    )  # fmt: skip
+        "num_classes",
+        "fpn_channels",
+        "head_depth",
+        "norm",
+        "width",
+        "p6_source",
+        "head_norm",
+        "pixel_mean",
+        "pixel_std",
+        "anchors",
+        "detection",
+    )
     return {
         "name": "RetinaNet",
         "paper": "Lin et al., Focal Loss for Dense Object Detection, ICCV 2017",
@@ -102,7 +125,7 @@ def describe(model, config, precision=None, metrics=None, run=True):
             "precision": known["settings"]["precision"],
             "weights": known["weights"],
             **{name: settings[name] for name in names},
-        },  # fmt: skip
+        },
         "inputs": {
             "serving_default": {
                 "images": "uint8 [B, H, W, 3], RGB, any B, 0 included, any H and W from 1. Images without pixels fail "
@@ -123,7 +146,7 @@ def describe(model, config, precision=None, metrics=None, run=True):
             "category_ids": "int64 [B, D], the dataset's; -1: nothing",
             "names": "string [B, D]",
             "num_detections": "int32 [B]; rows past it are empty",
-        },  # fmt: skip
+        },
         "metrics": _measured(metrics or {}, known) or "not measured",
         "categories": model.categories,
         "license": {
@@ -135,30 +158,30 @@ def describe(model, config, precision=None, metrics=None, run=True):
     }
 
 
-def _measured(metrics, known):
-    """{split: {name: number}} of these weights and settings, without what is by class, curves and the like."""
+def _measured(metrics: dict[str, dict[str, Any]], known: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{split: {name: number}} for these weights and settings, without metrics by class, curves and the like."""
     plain = (int, float, type(None))
     return {
-        split: {name: value for name, value in found.items() if isinstance(value, plain)}
-        for split, found in metrics.items()
-        if found.get("weights") == known["weights"] and found.get("settings") == {**known["settings"], "split": split}
+        split: {name: value for name, value in values.items() if isinstance(value, plain)}
+        for split, values in metrics.items()
+        if values.get("weights") == known["weights"] and values.get("settings") == {**known["settings"], "split": split}
     }
 
 
-def _version(package):
+def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # its folder is on the path, but nothing installed it
+    except metadata.PackageNotFoundError:  # it is on the path, but not installed
         return "not installed"
 
 
-def _sum(path):
+def _sum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _page(card):
-    """The card as a page that needs no other file."""
+def _page(card: dict[str, Any]) -> str:
+    """The card as a self-contained HTML page."""
     rows = "".join(f"<h2>{html.escape(name.replace('_', ' '))}</h2>\n{_show(value)}\n" for name, value in card.items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Model card</title><style>'
@@ -168,8 +191,8 @@ def _page(card):
     )
 
 
-def _show(value):
-    """JSON as HTML: dicts and lists of dicts are tables."""
+def _show(value: Any) -> str:
+    """JSON as HTML, dicts and lists of dicts as tables."""
     if isinstance(value, dict):
         rows = "".join(
             f"<tr><th>{html.escape(str(key))}</th><td>{_show(item)}</td></tr>" for key, item in value.items()

@@ -1,22 +1,32 @@
-"""The images signature as an ONNX file, NMS inside, by tf2onnx."""
+"""Export to an ONNX file with NMS in its graph, by tf2onnx."""
+
+from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from retinanet_keras.errors import OnnxError
 from retinanet_keras.storage import disk
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 OPSET = 18
 OUTPUTS = ("boxes", "scores", "labels", "category_ids", "num_detections")
 
 
-def write(search, categories, path):
-    """Write an ONNX model of any batch, height and width.
+def write(
+    detect: Callable[[Any], dict[str, Any]], categories: list[dict[str, Any]], path: str | os.PathLike[str]
+) -> Path:
+    """Write an ONNX model for any batch size, height and width.
 
     Args:
-        search: of `export.search_function`, with `resize` of this module.
-        categories: list of {"label", "id", "name"}, kept in the file's metadata: ONNX gets no `names`.
-        path: of the file.
+        detect: a function of `export.detect_function`, with `resize` of this module.
+        categories: list of {"label", "id", "name"}, stored in the file's metadata, as the model has no output `names`.
+        path: path of the file.
 
     Returns:
         the path.
@@ -25,7 +35,7 @@ def write(search, categories, path):
         import tf2onnx
     except ImportError as error:
         raise OnnxError(
-            f"ONNX needs packages that are not installed ({error}): pip install tf2onnx onnx onnxruntime"
+            f"ONNX needs packages that are not installed ({error}). Install them: pip install tf2onnx onnx onnxruntime"
         ) from None
     import tensorflow as tf
 
@@ -33,8 +43,8 @@ def write(search, categories, path):
 
     @tf.function(input_signature=spec, autograph=False)
     def numbers(images):
-        found = search(images)
-        return {name: tf.identity(found[name], name=name) for name in OUTPUTS}
+        outputs = detect(images)
+        return {name: tf.identity(outputs[name], name=name) for name in OUTPUTS}
 
     model, _ = tf2onnx.convert.from_function(numbers, spec, opset=OPSET)
     entry = model.metadata_props.add()
@@ -45,18 +55,18 @@ def write(search, categories, path):
     return path
 
 
-def resize(images, size):
-    """`augmentation.resize` in the steps of TensorFlow's kernel: those of ONNX's Resize round other pixels up."""
+def resize(images: Any, size: Any) -> tf.Tensor:
+    """`augmentation.resize` by the arithmetic of TensorFlow's kernel; ONNX's Resize rounds some pixels differently."""
     import tensorflow as tf
 
     pixels = tf.cast(images, tf.float32)
     for axis in (2, 1):
         have, want = tf.shape(images)[axis], size[axis - 1]
         ratio = tf.cast(have, tf.float32) / tf.cast(want, tf.float32)
-        place = (tf.cast(tf.range(want), tf.float32) + 0.5) * ratio - 0.5
-        low = tf.floor(place)
+        source = (tf.cast(tf.range(want), tf.float32) + 0.5) * ratio - 0.5  # positions in the input
+        low = tf.floor(source)
         before = tf.gather(pixels, tf.maximum(tf.cast(low, tf.int32), 0), axis=axis)
-        after = tf.gather(pixels, tf.minimum(tf.cast(tf.math.ceil(place), tf.int32), have - 1), axis=axis)
-        share = tf.reshape(place - low, [-1, 1] if axis == 2 else [-1, 1, 1])
-        pixels = before + (after - before) * share
+        after = tf.gather(pixels, tf.minimum(tf.cast(tf.math.ceil(source), tf.int32), have - 1), axis=axis)
+        fraction = tf.reshape(source - low, [-1, 1] if axis == 2 else [-1, 1, 1])
+        pixels = before + (after - before) * fraction
     return tf.cast(tf.round(pixels), tf.uint8)

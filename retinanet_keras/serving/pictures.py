@@ -1,11 +1,17 @@
-"""Image files read without TensorFlow, and pictures of the detections in them, each under the name of its image."""
+"""Reading image files without TensorFlow, and writing pictures of the detections in them."""
+
+from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from retinanet_keras.config import MAX_PIXELS
@@ -14,54 +20,62 @@ from retinanet_keras.errors import DataError, UserError
 from retinanet_keras.visualization import draw
 
 
-def read(path):
-    """uint8 RGB [H, W, 3] of an image file; EXIF is ignored, as exports do.
+def read(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Read an image file as uint8 RGB [H, W, 3]; EXIF rotation is ignored, as in exports.
 
     Raises:
-        DataError: where the file cannot be read, is none of IMAGE_FORMATS, or has more than MAX_PIXELS by its header.
+        DataError: if the file cannot be read, is none of IMAGE_FORMATS, or has more than MAX_PIXELS by its header.
     """
     try:
         with _opened(path) as image:
-            found = image.width * image.height
-            if found <= MAX_PIXELS:
+            pixels = image.width * image.height
+            if pixels <= MAX_PIXELS:
                 return np.asarray(image.convert("RGB"))
     except DAMAGE as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from None
     raise DataError(
-        f"{path} has {found:,} pixels by its header, more than the {MAX_PIXELS:,} that exports take by default. Make "
+        f"{path} has {pixels:,} pixels by its header, more than the {MAX_PIXELS:,} that exports take by default. Make "
         "it smaller"
     )
 
 
-def size_of(encoded):
-    """(height, width) of an encoded image by its header; infinite where that does not tell what exports decode."""
+def size_of(encoded: bytes) -> tuple[float, float]:
+    """(height, width) of an encoded image by its header; infinite if exports may decode another size."""
     try:
         with _opened(io.BytesIO(encoded)) as image:
-            if not (image.format == "GIF" and image.is_animated):  # it is not of the frames
-                return image.size[::-1]
+            if not (image.format == "GIF" and image.is_animated):  # its header has not the size of the frames
+                return image.height, image.width
     except DAMAGE:
-        pass  # the server says what is wrong with it
+        pass  # the server reports what is wrong with it
     return np.inf, np.inf
 
 
 @contextlib.contextmanager
-def _opened(file):
+def _opened(file: str | os.PathLike[str] | BinaryIO) -> Iterator[Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is another
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             yield image
 
 
-def write(to, name, pixels, boxes, labels, names, scores):
-    """Draw detections and write the picture.
+def write(
+    to: str | os.PathLike[str],
+    name: str,
+    pixels: npt.NDArray,
+    boxes: Any,
+    labels: Any,
+    names: Any,
+    scores: Any,
+) -> None:
+    """Draw detections and write the picture, under the name of its image.
 
     Args:
         to: path of a folder.
-        name: str. The image's name, as `listing.image_files` gives it.
+        name: str. Name of the image, as of `listing.image_files`.
         pixels, boxes, labels, names, scores: as for `draw.draw_boxes`.
 
     Raises:
-        UserError: where there is a file in the place of one of its folders, or the reverse.
+        UserError: if a file is where a folder is needed, or the reverse.
     """
     path = Path(to, f"{name}.png")
     try:

@@ -1,1 +1,1 @@
-"""Files that are whole whatever happens, locks, strict JSON, and strangers' text in messages."""
+"""Atomic file replacement, locks, strict JSON, and untrusted text and archives."""

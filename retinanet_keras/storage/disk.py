@@ -1,8 +1,10 @@
-"""Files that are whole whatever happens: written beside their place and moved into it, and locks on folders.
+"""Atomic replacement of files and folders, written beside their path and moved there, and locks on folders.
 
-A kill or a full disk leaves what was there before; what an interrupted process wrote beside it is removed by the next
-write to the same place.
+A kill or a full disk leaves the earlier content in place. What an interrupted process wrote beside it is removed by the
+next write to the same path.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -19,7 +21,9 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from retinanet_keras.errors import InUse, RunError, UserError
 
@@ -29,28 +33,29 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("retinanet_keras")
-SUFFIXES = (".weights.h5", ".keras", ".npz", ".png", ".jpg", ".zip")  # by which those who write choose a format
+SUFFIXES = (".weights.h5", ".keras", ".npz", ".png", ".jpg", ".zip")  # by which writers choose a format
 LOCK = ".lock"
 AT_FDCWD, NO_REPLACE, EXCHANGE = -100, 1, 2  # of Linux's renameat2
 _numbers = itertools.count()
 _writing: set[str] = set()  # names of the unfinished files of this process
-NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # a system or a file system without it
+NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # not supported by the system or the file system
+AnyPath = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def replacing(path, like=None):
-    """Write a file that takes the place of another only when it is whole.
+def replacing(path: AnyPath, like: AnyPath | None = None) -> Iterator[Path]:
+    """Write a file that replaces another only when it is complete.
 
     Args:
-        path: the file's place, there already or not, in a folder that exists.
-        like: a name by whose ending a writer is to choose the format; None: that of `path`.
+        path: path of the file, which may exist, in a folder that exists.
+        like: a name whose suffix tells a writer the format. None: that of `path`.
 
     Yields:
-        the path of a file beside it, to be written within the block. Where the block ends without an error the file is
-        moved to `path` in one step; else it is removed.
+        the path of a file beside it, to write within the block. If the block ends without an error, the file is moved
+        to `path` in one step; otherwise it is removed.
 
     Raises:
-        UserError: where the place is a folder.
+        UserError: if `path` is a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -65,15 +70,15 @@ def replacing(path, like=None):
 
 
 @contextlib.contextmanager
-def replacing_text(path, **kwargs):
-    """Write a text file in UTF-8 that takes the place of another only when it is whole; its folder is made.
+def replacing_text(path: AnyPath, **kwargs: Any) -> Iterator[Any]:
+    """Write a text file in UTF-8 that replaces another only when it is complete; its folder is created.
 
     Args:
-        path: the file's place.
-        kwargs: of `open`.
+        path: path of the file.
+        kwargs: further arguments of `open`.
 
     Yields:
-        the open file. Half a character, which JSON may name, becomes an escape, with which JSON is JSON again.
+        the open file. A lone surrogate, which JSON can contain, is written as an escape, which is valid JSON.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -83,15 +88,15 @@ def replacing_text(path, **kwargs):
         yield file
 
 
-def write(path, content):
+def write(path: AnyPath, content: str | bytes) -> None:
     """Replace a file's content, a str (stored as UTF-8) or bytes, in one step; see `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
 
 
 @contextlib.contextmanager
-def folder_beside(path):
-    """An empty folder beside a path, to be renamed within the block, or removed at its end."""
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Create an empty folder beside a path, to be renamed within the block, or removed at its end."""
     with _beside(path) as partial:
         partial.mkdir(parents=True)
         try:
@@ -101,17 +106,17 @@ def folder_beside(path):
 
 
 @contextlib.contextmanager
-def replacing_folder(path):
-    """Write a folder that takes the place of another only when it is whole.
+def replacing_folder(path: AnyPath) -> Iterator[Path]:
+    """Write a folder that replaces another only when it is complete.
 
-    The other is there until then, and on Linux at every moment: the two are exchanged. Elsewhere, between two renames,
-    neither is.
+    On Linux the two are exchanged, so that one of them is there at any moment. Elsewhere neither is between two
+    renames.
 
     Args:
-        path: the folder's place, there already or not. What is there must be a folder.
+        path: path of the folder, which may exist; it must not be a file.
 
     Yields:
-        the path of an empty folder beside it, to be filled within the block.
+        the path of an empty folder beside it, to fill within the block.
     """
     path = Path(path)
     with folder_beside(path) as partial:
@@ -131,14 +136,14 @@ def replacing_folder(path):
 
 
 @contextlib.contextmanager
-def new_folder(choose):
-    """Write a folder to a place that is free when it is whole; nothing is ever replaced.
+def new_folder(choose: Callable[[], Path]) -> Iterator[_Made]:
+    """Write a folder and move it to an unused path when it is complete; nothing is ever replaced.
 
     Args:
-        choose: a function that gives a free place, called again where another process was faster.
+        choose: a function that returns an unused path; called again if another process took it in the meantime.
 
     Yields:
-        an object whose `path` is an empty folder to be filled within the block, and afterwards the place.
+        an object whose `path` is an empty folder to fill within the block, and afterwards the folder's final path.
     """
     made = _Made()
     with folder_beside(choose()) as partial:
@@ -163,30 +168,30 @@ def new_folder(choose):
 
 
 class _Made:
-    path = None
+    path: Path | None = None
 
 
-def check_folder(path, option):
-    """Check a place before the work whose results go there: a folder, or nothing yet, below folders.
+def check_folder(path: AnyPath, option: str) -> None:
+    """Check, before the work whose results go there, that a path is a folder or can become one.
 
     Args:
-        path: the place.
-        option: str. What named it, for the message.
+        path: the path.
+        option: str. The option that named it, for the message.
 
     Raises:
-        UserError: where it, or what it should lie in, is no folder.
+        UserError: if the path or one of its parents exists and is not a folder.
     """
     path = Path(path)
     try:
         there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
     except (OSError, ValueError) as error:  # a null character in it
-        raise UserError(f"{option}: {str(path)!r} is no path ({error}). Name a folder") from None
+        raise UserError(f"{option}: {str(path)!r} is not a path ({error}). Name a folder") from None
     if there is not None and not there.is_dir():
         raise UserError(f"{option}: {there} is not a folder. Name another, or move that file away")
 
 
-def check_file(path, option):
-    """The same for a file: a file, or nothing yet, in a folder that is there or can be made."""
+def check_file(path: AnyPath, option: str) -> None:
+    """Check that a path is a file or can become one; arguments and errors are those of `check_folder`."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{option}: {path} is a folder. Name a file in it")
@@ -194,22 +199,24 @@ def check_file(path, option):
 
 
 @contextlib.contextmanager
-def locked(folder, doing, *, name=LOCK, waiting=None):
-    """Hold a folder for this process alone. The end of the process, however it comes, lets go of it.
+def locked(
+    folder: AnyPath, doing: str, *, name: str = LOCK, waiting: Callable[[str], Any] | None = None
+) -> Iterator[int]:
+    """Lock a folder for this process; the lock is released when the process ends, in whatever way.
 
-    Where the file system has no locks a warning says so, once for each folder, and the block runs all the same.
+    If the file system has no locks, a warning is logged and the block runs without one.
 
     Args:
-        folder: a folder that exists.
-        doing: what this process does there, for the message to others, such as "training".
-        name: of the lock's file; locks of different names exclude nobody.
-        waiting: None, or a function that is given the holder before the lock is waited for.
+        folder: path of a folder that exists.
+        doing: str. What this process does there, for the message to others, such as "training".
+        name: str. Name of the lock file; locks of different names are independent.
+        waiting: a function that is called with the holder before waiting for the lock. None: do not wait.
 
     Yields:
-        the file descriptor of the lock; a child process that inherits it holds the folder, too, until it ends.
+        the file descriptor of the lock; a child process that inherits it holds the lock, too, until it ends.
 
     Raises:
-        InUse: where another process holds it, and `waiting` is None.
+        InUse: if another process holds the lock, and `waiting` is None.
     """
     path = Path(folder, name)
     if path.is_dir():
@@ -242,16 +249,17 @@ def locked(folder, doing, *, name=LOCK, waiting=None):
         yield file.fileno()
 
 
-def set_aside(path):
-    """Copy a damaged file to the first free of NAME.damaged, NAME.damaged-2, ..., unless one of them is such a copy.
+def set_aside(path: AnyPath) -> Path:
+    """Copy a damaged file to the first unused of NAME.damaged, NAME.damaged-2, ..., unless there is a copy already.
 
-    The file itself stays: it is damaged and seen to be so until the caller replaces or removes it.
+    The file itself is not changed, so it is recognized as damaged until the caller replaces or removes it.
 
     Returns:
         the path of the copy.
     """
     path = Path(path)
-    for number in itertools.count(1):
+    number = 1
+    while True:
         place = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
         if not place.exists():
             with replacing(place) as partial:
@@ -259,13 +267,14 @@ def set_aside(path):
             return place
         if place.is_file() and filecmp.cmp(path, place, shallow=False):
             return place
+        number += 1
 
 
-def digest(*parts):
-    """A short name of some content, the same for the same content: 16 hexadecimal digits of SHA-256.
+def digest(*parts: Any) -> str:
+    """A short digest of some content: 16 hexadecimal digits of SHA-256.
 
     Args:
-        parts: of the content; bytes, NumPy arrays, or what JSON can hold.
+        parts: parts of the content: bytes, NumPy arrays, or JSON-able values.
     """
     whole = hashlib.sha256()
     for part in parts:
@@ -277,8 +286,8 @@ def digest(*parts):
     return whole.hexdigest()[:16]
 
 
-def clear_remains(path):
-    """Remove the unfinished files and folders that dead processes left beside a place they were writing to."""
+def clear_remains(path: AnyPath) -> None:
+    """Remove the unfinished files and folders that dead processes left beside a path they were writing to."""
     path = Path(path)
     prefix = _prefix(path)
     for other in path.parent.glob(f"{prefix}*"):
@@ -288,7 +297,7 @@ def clear_remains(path):
 
 
 @contextlib.contextmanager
-def _beside(path, like=None):
+def _beside(path: Path, like: AnyPath | None = None) -> Iterator[Path]:
     """A path for an unfinished file of this process, in the same folder; those of dead processes are removed."""
     clear_remains(path)
     ending = next((suffix for suffix in SUFFIXES if os.fspath(like or path).endswith(suffix)), "")
@@ -300,24 +309,24 @@ def _beside(path, like=None):
         _writing.discard(name)
 
 
-def _prefix(path):
+def _prefix(path: Path) -> str:
     return f".{zlib.crc32(os.fsencode(path.name)):08x}-{zlib.crc32(socket.gethostname().encode()):08x}-"
 
 
-def _alive(process):
+def _alive(process: int) -> bool:
     if process == os.getpid():
-        return False  # a process of this number that ended
+        return False  # an earlier process with the same number
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's
         return True
     return True
 
 
-def _rename(old, new, flag):
-    """Linux's renameat2; an OSError of NOT_HERE where there is none."""
+def _rename(old: Path, new: Path, flag: int) -> None:
+    """Rename by Linux's renameat2; raise an OSError of NOT_HERE if there is none."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if function is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -326,14 +335,14 @@ def _rename(old, new, flag):
         raise OSError(number, os.strerror(number), str(new))
 
 
-def _flush(path):
-    """Bring a file to the disk, so that a crash of the machine cannot leave its name without its content."""
+def _flush(path: Path) -> None:
+    """Flush a file to disk, so that a crash of the machine cannot leave its name without its content."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def check_place(path):
-    """A RunError where something else is in the place of a folder, or of one above it."""
+def check_place(path: Path) -> None:
+    """Raise a RunError if a path or one of its parents exists and is not a folder."""
     for place in (path, *path.parents):
         if place.is_dir():
             return

@@ -1,8 +1,12 @@
-"""JSON of strangers: what cannot be read is told in one sentence, and reading takes no more than the text is worth."""
+"""Untrusted JSON: errors in one sentence, and limits on nesting and on the size of numbers."""
+
+from __future__ import annotations
 
 import collections
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 LARGEST = 2**63 - 1  # of an integer, as NumPy and COCO's tools hold it
 
@@ -11,16 +15,16 @@ class JsonError(ValueError):
     """Text that is no JSON, or JSON that is refused; the message goes after "FILE is not valid JSON: "."""
 
 
-def parse(text, strict=True):
+def parse(text: str | bytes, strict: bool = True) -> Any:
     """The value of a JSON text.
 
     Args:
         text: str or bytes in UTF-8; a byte-order mark is skipped.
-        strict: also refuse keys that occur twice in an object, and integers of more than 64 bits. Costs time in
-            large files.
+        strict: bool. Also reject keys that occur twice in an object, and integers of more than 64 bits; slow for large
+            files.
 
     Raises:
-        JsonError: where it is no JSON, is nested deeper than Python reads, or has a number that no file needs.
+        JsonError: if it is not JSON, is nested too deeply for Python, or has a number of thousands of digits.
     """
     try:
         if isinstance(text, bytes):
@@ -35,12 +39,12 @@ def parse(text, strict=True):
         raise JsonError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except JsonError:
         raise
-    except ValueError:  # of int, past Python's limit of digits
+    except ValueError:  # of int: Python limits the number of digits
         raise JsonError("a number has thousands of digits") from None
 
 
-def read(path, strict=True):
-    """`parse` of a file.
+def read(path: str | os.PathLike[str], strict: bool = True) -> Any:
+    """`parse` for a file.
 
     Raises:
         JsonError, OSError.
@@ -48,7 +52,7 @@ def read(path, strict=True):
     return parse(Path(path).read_bytes(), strict)
 
 
-def _once(pairs):
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         counts = collections.Counter(key for key, _ in pairs)
@@ -57,7 +61,7 @@ def _once(pairs):
     return tree
 
 
-def _integer(digits):
+def _integer(digits: str) -> int:
     value = int(digits) if len(digits) <= 20 else LARGEST + 1
     if abs(value) > LARGEST:
         raise JsonError(f"the integer {digits[:20]}{'...' if len(digits) > 20 else ''} needs more than 64 bits")
