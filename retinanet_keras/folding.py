@@ -18,12 +18,13 @@ import numpy as np
 import tensorflow as tf
 
 from retinanet_keras import anchors, detections
+from retinanet_keras.tensors import round_up
 
 CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before res5
 
 
 def detect_function(model, precision=None):
-    """`RetinaNet.detect_in_graph` of the weights that a model has now.
+    """`RetinaNet._detect_in_graph` of the weights that a model has now.
 
     Args:
         model: a RetinaNet. A backbone given to it as a Keras model runs as it is, nothing in it folded.
@@ -66,7 +67,7 @@ def halves(model, precision=None):
 
     def decode(outputs, images, sizes):
         sizes = tf.cast(sizes, tf.float32)
-        padded = (-(-side // multiple) * multiple for side in tf.unstack(tf.shape(images)[1:3]))
+        padded = (round_up(side, multiple) for side in tf.unstack(tf.shape(images)[1:3]))
         boxes = anchors.anchors_by_level(*padded, model.anchors)
         return detections.decode_levels(
             outputs["logits"], outputs["deltas"], boxes, sizes[:, 0], sizes[:, 1], **settings
@@ -85,7 +86,7 @@ def compiled(model, precision=None):
 def _backbone(model, dtype):
     """Normalized images [B, H, W, 3] -> dict of c3, c4 and c5."""
     net = model.backbone
-    if not model.own_backbone:
+    if not model.builtin_backbone:
         return lambda x: {name: tf.cast(c, dtype) for name, c in net(x, training=False).items()}
     norms = {id(layer.input): layer for layer in net.layers if isinstance(layer, keras.layers.BatchNormalization)}
     convs, weights = {}, 0

@@ -101,7 +101,7 @@ def _by_model(model, folded, dataset, data, plan):
         with strategy.scope() if mirrored else contextlib.nullcontext():
             network, decode = on_all(*folding.halves(model))
     else:  # kept: a training evaluates again and again
-        model.evaluation_graphs = model.evaluation_graphs or on_all(model.outputs_in_graph, model.decode_in_graph)
+        model.evaluation_graphs = model.evaluation_graphs or on_all(model._outputs_in_graph, model._decode_in_graph)
         network, decode = model.evaluation_graphs
     batches, seen = iter(inference_batches.inference_batches(dataset, plan, data)), set()
     clock = _Clock()
