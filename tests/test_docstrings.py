@@ -7,7 +7,7 @@ import pytest
 
 from retinanet_keras import CocoMetrics, RetinaNet, losses
 
-pytestmark = [pytest.mark.check, pytest.mark.eager]
+pytestmark = pytest.mark.eager
 
 WITH_EXAMPLE = [RetinaNet, *losses.LOSS_OF.values()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -20,7 +20,7 @@ def compiled(small_model, optimizer=None, **settings):
     names = ("normalizer", "check_finite", "run_eagerly", "steps_per_execution", "auto_scale_loss", "mining")
     of_compile = {name: settings.pop(name) for name in names if name in settings}
     model = small_model(**settings)
-    model.compile(optimizer or optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
+    model.compile(optimizer or optimizers.CoupledSGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
     return model
 
 
@@ -162,7 +162,7 @@ def test_run_eagerly_runs_the_loss_as_python_at_every_step(small_model):
         return losses.FocalLoss().call(targets, logits)
 
     model = small_model()
-    model.compile(optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), focal, run_eagerly=True)
+    model.compile(optimizers.CoupledSGD(0.01, l2=0.0, bias_rate=1.0), focal, run_eagerly=True)
     assert model.train_on_batch(images, truth, return_dict=True) == pytest.approx(expected, rel=1e-4)
     calls = len(seen)
     model.train_on_batch(images, truth)
