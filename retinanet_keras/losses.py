@@ -229,7 +229,7 @@ class ElementLoss(keras.losses.Loss):
             name=name, reduction=reduction, dtype="float64" if policy.compute_dtype == "float64" else "float32"
         )
         self.function, self.settings = function, settings
-        vars(self).update(settings)
+        self.__dict__.update(settings)
 
     def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None) -> Tensor:
         if sample_weight is not None:

@@ -8,7 +8,7 @@ outside it.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -156,8 +156,11 @@ class RetinaNet(keras.Model):
         self.classification_tracker = keras.metrics.Mean("classification_loss")
         self.box_tracker = keras.metrics.Mean("box_loss")
         self.positives_tracker = keras.metrics.Mean("positives")
-        self._detect_graph = self.evaluation_graphs = None
+        self._detect_graph: Callable[..., dict[str, Tensor]] | None = None
+        self.evaluation_graphs: tuple[Callable, Callable] | None = None  # of evaluation/detect.py
         self.build((None, None, None, 3))
+
+    built: bool
 
     def build(self, input_shape: Any) -> None:
         """Create all weights, which do not depend on the size of images."""
@@ -228,7 +231,7 @@ class RetinaNet(keras.Model):
         mining = MiningConfig(**mining) if isinstance(mining, dict) else mining
         self.mining = mining if mining and mining.batch_size else None
         self.check_finite = check_finite
-        self._gradients = None
+        self._gradients: Callable[..., Any] | None = None
         on_tensorflow = keras.backend.backend() == "tensorflow"
         # Keras would wrap the whole of a distributed step in XLA, which fails; `_gradients` is what is compiled.
         super().compile(optimizer=optimizer, jit_compile=False if on_tensorflow else jit_compile, **kwargs)
@@ -288,8 +291,8 @@ class RetinaNet(keras.Model):
     def compute_loss(
         self,
         x: Tensor = None,
-        y: dict[str, Tensor] | None = None,
-        y_pred: dict[str, Tensor] | None = None,
+        y: Any = None,
+        y_pred: Any = None,
         sample_weight: Any = None,
         training: bool = True,
     ) -> Tensor:

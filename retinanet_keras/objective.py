@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 from keras import ops
@@ -13,7 +13,7 @@ from retinanet_keras import losses, mining, targets
 from retinanet_keras.config import MiningConfig, TargetConfig
 from retinanet_keras.tensors import Tensor
 
-ElementwiseLoss = Callable[[Tensor, Tensor], Tensor]  # (targets, predictions) -> values: a Keras loss, or a function
+ElementwiseLoss: TypeAlias = Any  # called (targets, predictions): a Keras loss, or a function
 
 
 class LossTerms(NamedTuple):

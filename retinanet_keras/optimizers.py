@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
@@ -11,7 +11,7 @@ from retinanet_keras import keras_hooks
 from retinanet_keras.config import TrainConfig
 from retinanet_keras.tensors import Tensor
 
-Rate = float | keras.optimizers.schedules.LearningRateSchedule
+Rate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 RATE_JUMP = 1.1  # Detectron: the factor from which a change of the learning rate is one that the momentum must follow
 
