@@ -1,17 +1,20 @@
-"""A RetinaNet's detection as TensorFlow's graph optimizer likes it: the same values as `RetinaNet.detect`, sooner.
+"""The folded network: the same detections as `RetinaNet.detect`, computed faster by TensorFlow.
 
-- Batch normalization is folded: its scale into the kernel of the conv before it, its shift into that conv's bias. A
-  conv, its bias and the ReLU after it then are one kernel.
-- The kernels of most of the work are constants, which oneDNN lays out once for its own use. By variables it convolves
-  a single image in another way, which without AVX-512 takes up to three times as long. The late ones, with many weights
-  and little work each, stay variables: a constant takes many times its size in memory, and time to load.
-- Padding is the convs' own, levels are never joined, and the sigmoid is of survivors only.
+- Batch normalization is folded: its scale into the kernel of the convolution before it, its shift into that
+  convolution's bias. A convolution, its bias and the ReLU after it then are one kernel.
+- The kernels of the layers with most of the work are constants, which oneDNN converts to its own layout once. With
+  variables it convolves a single image in another way, which without AVX-512 takes up to three times as long. The late
+  kernels, with many weights and little work each, stay variables: a constant takes many times its size in memory, and
+  time to load.
+- Convolutions pad their own input, levels are never concatenated, and the sigmoid is taken of the best logits only.
 
-The model itself is left as it is; training goes on with its own weights.
+The model itself is not changed, and can be trained further.
 """
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,23 +26,27 @@ from retinanet_keras.tensors import round_up
 CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before res5
 
 
-def detect_function(model, precision=None):
-    """`RetinaNet._detect_in_graph` of the weights that a model has now.
+Network = Callable[[tf.Tensor, tf.Tensor], dict[str, Any]]  # of (images, sizes)
+Decode = Callable[[dict[str, Any], tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]  # of (outputs, images, sizes)
+
+
+def detect_function(model: keras.Model, precision: str | None = None) -> Network:
+    """`RetinaNet._detect_in_graph` with the weights that a model has now.
 
     Args:
-        model: a RetinaNet. A backbone given to it as a Keras model runs as it is, nothing in it folded.
-        precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
+        model: RetinaNet. A backbone given to it as a Keras model runs as it is, with nothing folded.
+        precision: str or None. Of convolutions, "float32" or "bfloat16"; None: the model's.
 
     Returns:
-        a function for one graph: images [B, H, W, 3] of 0..255 and sizes [B, 2], height and width before padding, to
+        A function for one graph: images [B, H, W, 3] of 0..255 and sizes [B, 2], height and width before padding, to
         the dict of `RetinaNet.detect`.
     """
     network, decode = halves(model, precision)
     return lambda images, sizes: decode(network(images, sizes), images, sizes)
 
 
-def bfloat16_time(side=1024, turns=5):
-    """How long a bfloat16 matrix product takes on this machine, as a multiple of a float32 one: above 1 is slower."""
+def bfloat16_time(side: int = 1024, turns: int = 5) -> float:
+    """Time of a bfloat16 matrix product on this machine, as a multiple of that of a float32 one: above 1 is slower."""
     seconds = []
     for dtype in (tf.float32, tf.bfloat16):
         a = tf.ones((side, side), dtype)
@@ -52,8 +59,8 @@ def bfloat16_time(side=1024, turns=5):
     return seconds[1] / seconds[0]
 
 
-def halves(model, precision=None):
-    """`detect_function` as two: `network` of (images, sizes), `decode` of (what that gives, images, sizes)."""
+def halves(model: keras.Model, precision: str | None = None) -> tuple[Network, Decode]:
+    """`detect_function` as two functions: `network` of (images, sizes), `decode` of (outputs, images, sizes)."""
     dtype = tf.as_dtype(precision or model.compute_dtype)
     backbone, pyramid = _backbone(model, dtype), _pyramid(model.pyramid, dtype)
     class_subnet, box_subnet = (_subnet(subnet, dtype) for subnet in (model.class_subnet, model.box_subnet))
@@ -76,8 +83,8 @@ def halves(model, precision=None):
     return network, decode
 
 
-def compiled(model, precision=None):
-    """`detect_function`, to be called with batches of pixels: as `RetinaNet.detect`, and `sizes` as there."""
+def compiled(model: keras.Model, precision: str | None = None) -> Network:
+    """`detect_function`, compiled for batches of uint8 pixels, with the arguments of `RetinaNet.detect`."""
     spec = [tf.TensorSpec([None, None, None, 3], tf.uint8), tf.TensorSpec([None, 2], tf.float32)]
     graph = tf.function(detect_function(model, precision), input_signature=spec, autograph=False)
     return lambda images, sizes: graph(images, tf.cast(sizes, tf.float32))
@@ -157,7 +164,7 @@ def _subnet(subnet, dtype):
 
 
 class _Conv:
-    """A conv with weights of its own, the batch normalization after it folded in."""
+    """A convolution with a copy of its layer's weights, the batch normalization after it folded in."""
 
     def __init__(self, layer, dtype, norm=None, constant=False):
         kernel = layer.kernel.numpy().astype("float64")
@@ -189,7 +196,7 @@ class _Conv:
         return self.tensors
 
 
-def _explicit(size):
-    """Padding alike on all sides; TensorFlow's "SAME" with a stride is not."""
+def _explicit(size: int) -> list[list[int]] | str:
+    """Equal padding on all sides, which TensorFlow's "SAME" with a stride is not."""
     side = [(size - 1) // 2] * 2
     return [[0, 0], side, side, [0, 0]] if size > 1 else "VALID"

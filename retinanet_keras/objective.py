@@ -184,5 +184,6 @@ def _elementwise(loss: ElementwiseLoss, targets: Tensor, predictions: Tensor) ->
 
     Keras's own losses average over the last axis, here one of length 1; `call` comes before any other reduction.
     """
-    values = getattr(loss, "call", loss)(targets[..., None], predictions[..., None])
+    elements: ElementwiseLoss = getattr(loss, "call", loss)
+    values = elements(targets[..., None], predictions[..., None])
     return ops.cast(ops.reshape(values, ops.shape(predictions)), "float32")
