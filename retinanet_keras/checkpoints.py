@@ -135,7 +135,7 @@ def convert(path: str | PathLike, out: str | PathLike) -> str:
         imagenet.save(model, out, mean)
         return f"a {model.name} trained on ImageNet, written to {out}"
     model = _retinanet_of(path, weights, None)
-    model.save(out)
+    model.save(out)  # type: ignore[call-arg, arg-type]  # mypy takes what functools.wraps gives for no method
     return f"a RetinaNet of {model.num_classes} classes on {model.backbone.name}, written to {out}"
 
 

@@ -261,10 +261,12 @@ class CrossEntropyLoss(ElementLoss):
     Example:
 
     ```python
+    import numpy as np
+
     from retinanet_keras import losses
 
     loss = losses.CrossEntropyLoss(alpha=0.75)
-    print(float(loss([[1.0, 0.0]], [[2.0, -3.0]])))  # of targets and logits
+    value = loss(np.array([[1.0, 0.0]]), np.array([[2.0, -3.0]]))  # of targets and logits
     ```
     """
 
@@ -327,10 +329,12 @@ class FocalStarLoss(ElementLoss):
     Example:
 
     ```python
+    import numpy as np
+
     from retinanet_keras import losses
 
     loss = losses.FocalStarLoss(gamma=2.0, beta=1.0)
-    print(float(loss([[1.0, 0.0]], [[2.0, -3.0]])))  # of targets and logits
+    value = loss(np.array([[1.0, 0.0]]), np.array([[2.0, -3.0]]))  # of targets and logits
     ```
     """
 
@@ -360,10 +364,12 @@ class HingeLoss(ElementLoss):
     Example:
 
     ```python
+    import numpy as np
+
     from retinanet_keras import losses
 
     loss = losses.HingeLoss(threshold=0.5)
-    print(float(loss([[1.0, 0.0]], [[2.0, -3.0]])))  # of targets and logits
+    value = loss(np.array([[1.0, 0.0]]), np.array([[2.0, -3.0]]))  # of targets and logits
     ```
     """
 
@@ -391,10 +397,12 @@ class SmoothL1Loss(ElementLoss):
     Example:
 
     ```python
+    import numpy as np
+
     from retinanet_keras import losses
 
     loss = losses.SmoothL1Loss(beta=1.0)
-    print(float(loss([[1.0, 0.0]], [[2.0, -3.0]])))  # of targets and predictions
+    value = loss(np.array([[1.0, 0.0]]), np.array([[2.0, -3.0]]))  # of targets and predictions
     ```
     """
 

@@ -83,7 +83,9 @@ def check_store(store: Any) -> None:
     which does not.
     """
     archive = getattr(store, "archive", None)
-    damaged = archive.testzip() if archive is not None else None
+    if archive is None:
+        return
+    damaged = archive.testzip()
     if damaged:
         raise _damaged(archive.filename, f"{damaged} in it is not what its checksum says")
 
