@@ -76,7 +76,7 @@ WRITERS = {
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("most", [3, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_kill_at_any_file_operation_leaves_the_old_file_or_the_new(model, net, tmp_path, monkeypatch, writer, most):
-    monkeypatch.setattr(checkpoints.files, "read", lambda path: {"conv1_w": 0} if path == "backbone.pkl" else {})
+    monkeypatch.setattr(checkpoints.reader, "read", lambda path: {"conv1_w": 0} if path == "backbone.pkl" else {})
     monkeypatch.setattr(checkpoints, "_retinanet_of", lambda *_: model)
     monkeypatch.setattr(checkpoints, "_backbone_of", lambda *_: (net, (4.0, 5.0, 6.0)))
     name, write = WRITERS[writer]
@@ -144,7 +144,7 @@ def test_a_file_that_may_not_be_overwritten_is_asked_about(model, tmp_path, monk
 
 
 def test_convert_needs_a_place_for_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.files, "read", lambda _: {})
+    monkeypatch.setattr(checkpoints.reader, "read", lambda _: {})
     (tmp_path / "a.keras").mkdir()
     with pytest.raises(UserError, match="a.keras is a folder. Name the file"):
         checkpoints.convert("released.pkl", tmp_path / "a.keras")
