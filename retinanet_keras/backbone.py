@@ -7,9 +7,13 @@ One ResNet, a functional Keras model, serves every use of its kind. Its layers a
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import layers, ops
+
+from retinanet_keras.tensors import Tensor
 
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
@@ -28,21 +32,28 @@ STD = (58.395, 57.12, 57.375)
 EPSILON = 1.001e-5  # of batch normalization: that of the MSRA weights as Keras carries them
 
 
-def resnet(name="resnet50", *, width=64, norm="group", stride_in=None, epsilon=EPSILON):
+def resnet(
+    name: str = "resnet50",
+    *,
+    width: int = 64,
+    norm: str = "group",
+    stride_in: str | None = None,
+    epsilon: float = EPSILON,
+) -> keras.Model:
     """A ResNet without its classifier.
 
     Args:
-        name: "resnet18", "resnet50", "resnet101", "resnet152" or "resnext101_32x8d".
-        width: channels of the stem; stage s has width * 2^(s-2) in its 3x3 convs, four times that at its output
+        name: str. "resnet18", "resnet50", "resnet101", "resnet152" or "resnext101_32x8d".
+        width: int. Channels of the stem; stage s has width * 2^(s-2) in its 3x3 convs, four times that at its output
             (resnet18: no such factor; resnext: four times that in both).
-        norm: "frozen", batch normalization that keeps its statistics, scales and shifts; "batch", trained;
-            "group", group normalization.
-        stride_in: "1x1" or "3x3", the conv of a stage's first block that has the stride (resnet18: always its first);
-            None: "1x1" as in the MSRA models, for resnext "3x3".
-        epsilon: of batch normalization.
+        norm: str. "frozen", batch normalization that is not trained at all; "batch", batch normalization that is
+            trained; "group", group normalization.
+        stride_in: str or None. "1x1" or "3x3", the convolution of a stage's first block that has the stride (resnet18:
+            always its first); None: "1x1" as in the MSRA models, for resnext "3x3".
+        epsilon: float. Epsilon of batch normalization.
 
     Returns:
-        a functional keras.Model from normalized images [B, H, W, 3], H and W multiples of 32, to a dict of
+        A functional keras.Model from normalized images [B, H, W, 3], H and W multiples of 32, to a dict of
         c3 [B, H/8, W/8, .], c4 [B, H/16, W/16, .] and c5 [B, H/32, W/32, .].
     """
     if name not in DEPTHS:
@@ -73,26 +84,26 @@ def resnet(name="resnet50", *, width=64, norm="group", stride_in=None, epsilon=E
     return keras.Model(images, outputs, name=name)
 
 
-def freeze(backbone, stages):
-    """Stop training the first stages of a `resnet`: 0 none, 1 the stem, 2 also res2, ... 5 all. Detectron: 2."""
+def freeze(backbone: keras.Model, stages: int) -> None:
+    """Freeze the first stages of a `resnet`: 0 none, 1 the stem, 2 also res2, ... 5 all. Detectron: 2."""
     frozen = ("stem", "res2", "res3", "res4", "res5")[:stages]
     for layer in backbone.layers:
         if layer.name.startswith(frozen):
             layer.trainable = False
 
 
-def of_keras_model(model):
-    """Any Keras model as a backbone: images to C3, C4 and C5.
+def of_keras_model(model: keras.Model) -> keras.Model:
+    """Turn a Keras model into a backbone: images to C3, C4 and C5.
 
     Args:
-        model: a functional keras.Model of images [B, H, W, 3] with `pyramid_outputs` (KerasHub) or
+        model: keras.Model. A functional model of images [B, H, W, 3] with `pyramid_outputs` (KerasHub) or
             `pyramid_level_inputs` (KerasCV), or whose outputs are a dict of c3, c4 and c5.
 
     Returns:
-        a keras.Model with the same layers and weights, to a dict of c3, c4 and c5 with strides of 8, 16 and 32.
+        A keras.Model with the same layers and weights, to a dict of c3, c4 and c5 with strides of 8, 16 and 32.
 
     Raises:
-        ValueError: where the model has no such outputs, or with other strides.
+        ValueError: If the model has no such outputs, or if they have other strides.
     """
     pyramid = getattr(model, "pyramid_outputs", None)
     if pyramid is None and hasattr(model, "pyramid_level_inputs"):
@@ -110,15 +121,25 @@ def of_keras_model(model):
         (inputs,) = inputs.values()
     backbone = keras.Model(inputs, outputs, name=model.name)
     side = 256
-    found = backbone.compute_output_shape((1, side, side, 3))
-    strides = {name: side // shape[1] for name, shape in found.items()}
+    shapes = backbone.compute_output_shape((1, side, side, 3))
+    strides = {name: side // shape[1] for name, shape in shapes.items()}
     if strides != STRIDES:
         raise ValueError(f"backbone: expected strides {STRIDES}, {model.name} has {strides}")
     return backbone
 
 
-def _bottleneck(conv, x, channels, stride, first, name, *, stride_first, groups):
-    """1x1, 3x3, 1x1 and a shortcut; a grouped 3x3 and the 1x1 before it have four times the channels."""
+def _bottleneck(
+    conv: Callable[..., Tensor],
+    x: Tensor,
+    channels: int,
+    stride: int,
+    first: bool,
+    name: str,
+    *,
+    stride_first: bool,
+    groups: int,
+) -> Tensor:
+    """1x1, 3x3, 1x1 convolutions and a shortcut; a grouped 3x3 and the 1x1 before it have four times the channels."""
     inner = channels * (1 if groups == 1 else 4)
     shortcut = conv(x, 4 * channels, 1, stride, f"{name}_shortcut") if first else x
     x = conv(x, inner, 1, stride if stride_first else 1, f"{name}_conv1")
@@ -129,23 +150,25 @@ def _bottleneck(conv, x, channels, stride, first, name, *, stride_first, groups)
     return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
 
-def _basic_block(conv, x, channels, stride, first, name):
-    """Two 3x3 and a shortcut."""
+def _basic_block(conv: Callable[..., Tensor], x: Tensor, channels: int, stride: int, first: bool, name: str) -> Tensor:
+    """Two 3x3 convolutions and a shortcut."""
     shortcut = conv(x, channels, 1, stride, f"{name}_shortcut") if first and stride > 1 else x
     x = layers.ReLU(name=f"{name}_relu1")(conv(x, channels, 3, stride, f"{name}_conv1"))
     x = conv(x, channels, 3, 1, f"{name}_conv2")
     return layers.ReLU(name=f"{name}_out")(layers.Add(name=f"{name}_add")([x, shortcut]))
 
 
-def _conv_norm(x, channels, size, stride, name, *, norm, epsilon, groups=1):
-    """A convolution without bias, padded alike on all sides, and its normalization.
+def _conv_norm(
+    x: Tensor, channels: int, size: int, stride: int, name: str, *, norm: str, epsilon: float, groups: int = 1
+) -> Tensor:
+    """A convolution without bias, padded equally on all sides, and its normalization.
 
     TensorFlow's "same" pads a strided convolution at the right and bottom only, one pixel off from what released
     weights were trained with.
     """
     padding = "same"
     if stride > 1 and size == 1 and x.shape[-1] < 16:
-        # The same by other means: oneDNN's gradient of this conv on CPUs writes past its buffer
+        # The same values another way: oneDNN's gradient of this conv on CPUs writes past its buffer
         # (uxlfoundation/oneDNN#6035).
         x = layers.AveragePooling2D(1, stride, name=f"{name}_stride")(x)
         stride = 1
@@ -154,13 +177,19 @@ def _conv_norm(x, channels, size, stride, name, *, norm, epsilon, groups=1):
         padding = "valid"
     kind = layers.Conv2D if groups == 1 else GroupedConv2D
     x = kind(
-        channels, size, stride, padding, groups=groups, use_bias=False,
-        kernel_initializer=keras.initializers.HeNormal(), name=name,
-    )(x)  # fmt: skip
+        channels,
+        size,
+        stride,
+        padding,
+        groups=groups,
+        use_bias=False,
+        kernel_initializer=keras.initializers.HeNormal(),
+        name=name,
+    )(x)
     if norm == "group":
         groups = math.gcd(channels, min(32, channels // 2))
         return layers.GroupNormalization(groups, epsilon=1e-5, name=f"{name}_norm")(x)
-    # The momentum of the ResNet authors: Keras's .99 has not settled by the end of a short training.
+    # The momentum of the ResNet authors: Keras's .99 has not converged by the end of a short training.
     return BatchNorm(momentum=0.9, epsilon=epsilon, trainable=norm == "batch", name=f"{name}_norm")(x)
 
 
@@ -175,7 +204,7 @@ class GroupedConv2D(layers.Conv2D):
 
     split = False
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         backend = keras.backend.backend()
         if backend == "jax":
             import jax
@@ -198,14 +227,14 @@ class GroupedConv2D(layers.Conv2D):
 _grouped: dict[str, bool] = {}
 
 
-def _grouped_gradients_exist(dtype):
+def _grouped_gradients_exist(dtype: str) -> bool:
     """Whether TensorFlow has gradients of grouped convolutions here: on CPUs only some of oneDNN's kernels do."""
     import tensorflow as tf
 
     if dtype not in _grouped:
         shape, kernel_shape = (1, 3, 3, 4), (3, 3, 2, 4)
-        with tf.init_scope():  # at once, though a graph is being traced
-            if not tf.executing_eagerly():  # within a graph of TensorFlow 1 nothing can be tried
+        with tf.init_scope():  # run now, although a graph is being traced
+            if not tf.executing_eagerly():  # within a graph of TensorFlow 1 nothing can be run
                 return False
             x, kernel, same = (
                 tf.ones(shape, dtype),
@@ -221,8 +250,8 @@ def _grouped_gradients_exist(dtype):
     return _grouped[dtype]
 
 
-def split_groups(backbone):
-    """Make the grouped convs of a backbone fast within XLA on a CPU."""
+def split_groups(backbone: keras.Model) -> None:
+    """Split the grouped convolutions of a backbone by group, which is fast within XLA on a CPU."""
     for layer in backbone.layers:
         if isinstance(layer, GroupedConv2D):
             layer.split = True
@@ -235,7 +264,7 @@ class BatchNorm(layers.BatchNormalization):
     The same values from one pass where Keras makes several: six times as fast on a CPU.
     """
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Any = None) -> Tensor:
         if not (training and self.trainable and keras.backend.backend() == "tensorflow"):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf

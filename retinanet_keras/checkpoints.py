@@ -1,4 +1,4 @@
-"""Released weights of other frameworks as a RetinaNet whose detections are theirs.
+"""Load released weights of other frameworks into a RetinaNet that gives the same detections.
 
 Detectron's `.pkl` (the authors' own), Detectron2's `.pkl` and `.pth`, torchvision's `.pth` (both versions), and the
 same names in an `.npz`. What weights can express goes into the weights: BGR order and the division of pixels, the order
@@ -6,12 +6,17 @@ of anchors in a cell, 80 of torchvision's 91 classes. The rest are settings of t
 rounding and offset, where a stage has its stride, the epsilon, P6's source, normalization in the subnets, thresholds
 and clipping.
 
-Boxes of the model are continuous here as everywhere: Detectron's x2, the last pixel of a box, is one less.
+Boxes are continuous, as everywhere in this package: Detectron's x2, the last pixel of a box, is one less.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import keras
 import numpy as np
+import numpy.typing as npt
 
 from retinanet_keras import anchors, backbone
 from retinanet_keras.errors import UserError
@@ -20,27 +25,28 @@ from retinanet_keras.weights import imagenet, layouts, reader
 
 BACKBONES = {blocks: name for name, blocks in backbone.DEPTHS.items() if name not in ("resnet18", "resnext101_32x8d")}
 PER_CELL = 9  # anchors of all three frameworks
+Weights = Mapping[str, npt.NDArray]  # of a file, by name
 COUNTER = ".num_batches_tracked"  # of PyTorch's batch normalization; not used in inference
 
 
-def load(path, categories=None):
-    """A RetinaNet from a released file, built as the file's own framework builds it.
+def load(path: str | PathLike, categories: list[dict[str, Any]] | None = None) -> RetinaNet:
+    """Load a released file into a RetinaNet that is built as the file's framework builds it.
 
     The model is for inference or further training; its backbone's batch normalization, stem and res2 are frozen.
 
     Args:
-        path: of the file.
-        categories: list of {"label", "id", "name"}; None: COCO's for 80 classes, and for 91 classes of torchvision, of
-            which the 80 in use are kept; else the labels themselves, "class 0" and so on.
+        path: str or path of the file.
+        categories: list of dicts {"label", "id", "name"}, or None. None: COCO's for 80 classes, and for 91 classes of
+            torchvision, of which the model has the 80 in use; else the labels themselves, "class 0" and so on.
 
     Raises:
-        UserError: where the file cannot be read, is of no known layout, or has entries that are unknown, missing or of
-            other shapes; they are listed by name.
+        UserError: If the file cannot be read, has an unknown layout, or has entries that are unknown, missing or of
+            another shape; the message lists them by name.
     """
     return _retinanet_of(path, reader.read(path), categories)
 
 
-def _retinanet_of(path, weights, categories):
+def _retinanet_of(path: str | PathLike, weights: Weights, categories: list[dict[str, Any]] | None) -> RetinaNet:
     layout = next((one for one in layouts.LAYOUTS if any(name.startswith(one.mark) for name in weights)), None)
     if layout is None:
         hint = (
@@ -80,8 +86,8 @@ def _retinanet_of(path, weights, categories):
     return model
 
 
-def load_backbone(path):
-    """A ResNet from one of Detectron's ImageNet files.
+def load_backbone(path: str | PathLike) -> tuple[keras.Model, tuple[float, float, float]]:
+    """Load one of Detectron's ImageNet files into a ResNet.
 
     Detectron2's copies of them, with the statistics of batch normalization, are read, too.
 
@@ -89,12 +95,12 @@ def load_backbone(path):
         (a `backbone.resnet`, the pixel mean, RGB, that it expects).
 
     Raises:
-        UserError: as `load`.
+        UserError: As for `load`.
     """
     return _backbone_of(path, reader.read(path))
 
 
-def _backbone_of(path, weights):
+def _backbone_of(path: str | PathLike, weights: Weights) -> tuple[keras.Model, tuple[float, float, float]]:
     if not _is_backbone(weights):
         raise UserError(f"{path} holds no backbone with Detectron's names: {_some(weights)}")
     source = _Source(path, layouts.imagenet(weights), weights)
@@ -107,15 +113,15 @@ def _backbone_of(path, weights):
     return model, source.layout.pixel_mean
 
 
-def convert(path, out):
-    """Write a released file in Keras's format, in one step: what was there before stays until the new file is whole.
+def convert(path: str | PathLike, out: str | PathLike) -> str:
+    """Convert a released file to Keras's format; a file that is replaced stays until the new one is complete.
 
     Args:
-        path: as for `load` and `load_backbone`.
-        out: .keras for a RetinaNet; .weights.h5 for a backbone, to be named in `model.weights`.
+        path: str or path of a file for `load` or `load_backbone`.
+        out: str or path of the new file: .keras for a RetinaNet; .weights.h5 for a backbone, for `model.weights`.
 
     Returns:
-        one line that says what was converted.
+        One line that says what was converted.
     """
     weights = reader.read(path)
     alone = _is_backbone(weights)
@@ -123,18 +129,18 @@ def convert(path, out):
     if not str(out).endswith(suffix):
         what = "a backbone" if alone else "a RetinaNet"
         raise UserError(f"{out}: {path} holds {what}, which is written to a file that ends in {suffix}")
-    _check_place(Path(out))
+    _make_folder_of(Path(out))
     if alone:
         model, mean = _backbone_of(path, weights)
         imagenet.save(model, out, mean)
         return f"a {model.name} trained on ImageNet, written to {out}"
     model = _retinanet_of(path, weights, None)
-    model.save(out)
+    model.save(out)  # type: ignore[call-arg, arg-type]  # mypy takes what functools.wraps gives for no method
     return f"a RetinaNet of {model.num_classes} classes on {model.backbone.name}, written to {out}"
 
 
-def _check_place(out):
-    """Make the folder of a file that will be written."""
+def _make_folder_of(out: Path) -> None:
+    """Create the folder of a file that will be written."""
     if out.is_dir():
         raise UserError(f"{out} is a folder. Name the file to write in it")
     try:
@@ -143,18 +149,20 @@ def _check_place(out):
         raise UserError(f"{out} cannot be written: a file is in the way of its folder. Choose another place") from None
 
 
-def _is_backbone(weights):
+def _is_backbone(weights: Iterable[str]) -> bool:
     return "conv1_w" in weights and not any(name.startswith(layouts.DETECTRON.mark) for name in weights)
 
 
 class _Source:
-    """A file's entries, of which each must be taken once; what does not fit is collected and told at the end."""
+    """A file's entries, each of which must be used; what does not fit is collected and reported at the end."""
 
-    def __init__(self, path, layout, weights):
+    def __init__(self, path: str | PathLike, layout: layouts.Layout, weights: Weights) -> None:
         self.path, self.layout, self.weights = path, layout, weights
-        self.taken, self.missing, self.misshaped = set(), [], []
+        self.taken: set[str] = set()
+        self.missing: list[str] = []
+        self.misshaped: list[str] = []
 
-    def take(self, name, shape):
+    def take(self, name: str, shape: Sequence[int]) -> npt.NDArray[np.float32]:
         """An entry as float32, or zeros where it is missing or has another shape."""
         self.taken.add(name)
         value = self.weights.get(name)
@@ -166,7 +174,7 @@ class _Source:
             return value.astype("float32")
         return np.zeros(shape, "float32")
 
-    def side(self, name, axis, usual, multiple=1):
+    def side(self, name: str, axis: int, usual: int, multiple: int = 1) -> int:
         """The length of an entry's axis, from which a setting follows; the usual one where that cannot be."""
         shape = self.weights[name].shape if name in self.weights else ()
         return shape[axis] if len(shape) > axis and shape[axis] and shape[axis] % multiple == 0 else usual
@@ -174,7 +182,7 @@ class _Source:
     def backbone_name(self, blocks, names):
         """The name of the ResNet that has these blocks."""
         if blocks not in BACKBONES:
-            known = ", ".join(f"{name} {list(found)}" for found, name in BACKBONES.items())
+            known = ", ".join(f"{name} {list(counts)}" for counts, name in BACKBONES.items())
             raise UserError(
                 f"{self.path}: {self.layout.name}'s backbone has {list(blocks)} blocks in res2 to res5; known: {known}"
             )
@@ -204,8 +212,8 @@ class _Source:
                 if not np.allclose(self.take(name, expected.shape), expected, atol=0.01):
                     self.misshaped.append(f"{name} holds other anchors than Detectron2's configuration of RetinaNet")
 
-    def finish(self):
-        """Raise where anything does not fit."""
+    def finish(self) -> None:
+        """Raise a UserError if anything does not fit."""
         beginnings = tuple(extra for extra in self.layout.extras if extra.endswith((".", "/")))
         counters = {name.removesuffix(".weight") + COUNTER for name in self.taken}
         known = self.taken | counters | set(self.layout.extras)
@@ -244,7 +252,7 @@ def _fill_backbone(model, source, names):
 
 
 def _fill_heads(model, source, names, classes, kept):
-    """The pyramid and the subnets; kept: the file's classes that the model has, or None for all."""
+    """The pyramid and the subnets; kept: the file's classes that the model has, or None for all of them."""
     layers = {f"lateral{name[1]}": layer for name, layer in model.pyramid.laterals.items()}
     layers |= {f"output{name[1]}": layer for name, layer in model.pyramid.outputs_.items()}
     layers |= {"p6": model.pyramid.p6, "p7": model.pyramid.p7}
@@ -254,10 +262,10 @@ def _fill_heads(model, source, names, classes, kept):
         norms |= {f"{name}{i}": layer for i, layer in enumerate(subnet.norms)}
     for part, layer in layers.items():
         conv, norm = names[part]
-        found = [_kernel(source, conv, layer.kernel.shape)]
+        values = [_kernel(source, conv, layer.kernel.shape)]
         if layer.use_bias:
-            found.append(source.take(conv + source.layout.suffixes[1], layer.bias.shape))
-        layer.set_weights(found)
+            values.append(source.take(conv + source.layout.suffixes[1], layer.bias.shape))
+        layer.set_weights(values)
         if norm:
             norms[part].set_weights(
                 [source.take(norm + suffix, layer.kernel.shape[-1:]) for suffix in source.layout.norm[:2]]

@@ -1,8 +1,12 @@
-"""Arguments of Keras's `compile` and `fit` that a RetinaNet takes in its own form, or refuses."""
+"""Check arguments of Keras's `compile` and `fit` that a RetinaNet takes in another form, or not at all."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from keras import ops
+
+from retinanet_keras.tensors import Tensor
 
 COCO_METRICS = "add the callback CocoMetrics (from retinanet_keras import CocoMetrics) to fit"
 INSTEAD = {  # of arguments of `keras.Model.compile`
@@ -13,11 +17,11 @@ INSTEAD = {  # of arguments of `keras.Model.compile`
 }
 
 
-def check_compile(arguments):
-    """Remove from a dict of arguments those that a RetinaNet has no use for.
+def check_compile(arguments: dict[str, Any]) -> None:
+    """Remove from the arguments of `compile` those that a RetinaNet does not use.
 
     Raises:
-        ValueError: where one of them is set, naming what to use instead.
+        ValueError: If one of them is set; the message names what to use instead.
     """
     for name, instead in INSTEAD.items():
         value = arguments.pop(name, None)
@@ -25,11 +29,11 @@ def check_compile(arguments):
             raise ValueError(f"{name}: expected None, got {value!r}. For a RetinaNet, {instead}")
 
 
-def check_class_weight(method, args, kwargs):
-    """Refuse the argument `class_weight` of a call of one of Keras's methods, by place or by name.
+def check_class_weight(method: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Reject the argument `class_weight` of a call of one of Keras's methods, given by position or by name.
 
     Raises:
-        ValueError: where it is given, naming what to use instead.
+        ValueError: If it is given; the message names what to use instead.
     """
     class_weight = inspect.signature(method).bind_partial(*args, **kwargs).arguments.get("class_weight")
     if class_weight is not None:
@@ -39,19 +43,19 @@ def check_class_weight(method, args, kwargs):
         )
 
 
-def image_weights(sample_weight, count=None):
+def image_weights(sample_weight: Any, count: int | None = None) -> dict[str, Tensor] | None:
     """The weights of each image's losses.
 
     Args:
-        count: int. B, the images of the batch; None: not known while a graph is made.
-        sample_weight: [B], or a dict of labels [B] and boxes [B] among others: Keras repeats an array of weights for
-            every array of the truth. None: no weights.
+        sample_weight: tensor [B], dict of tensors labels [B] and boxes [B] among others, or None. Keras repeats a
+            tensor of weights for every entry of the truth. None: no weights.
+        count: int or None. Number of images in the batch, B; None: not known while the graph is traced.
 
     Returns:
-        dict of labels, for the classification loss, and boxes, for the box loss, float32 [B] each; or None.
+        dict of float32 tensors labels [B], for the classification loss, and boxes [B], for the box loss; or None.
 
     Raises:
-        ValueError: where it is neither.
+        ValueError: If `sample_weight` has another form or shape.
     """
     if sample_weight is None:
         return None

@@ -27,14 +27,14 @@ CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before re
 
 
 def detect_function(model: keras.Model, precision: str | None = None) -> Callable[[Any, Any], dict[str, tf.Tensor]]:
-    """`RetinaNet.detect_in_graph` with the current weights of a model.
+    """`RetinaNet._detect_in_graph` with the current weights of a model.
 
     Args:
         model: keras.Model. A backbone passed to it as a Keras model is used unchanged, without folding.
         precision: "float32" or "bfloat16", that of convolutions. None: the model's own.
 
     Returns:
-        a function for one graph: images [B, H, W, 3] of 0..255 and sizes [B, 2], height and width before padding, to
+        A function for one graph: images [B, H, W, 3] of 0..255 and sizes [B, 2], height and width before padding, to
         the dict of `RetinaNet.detect`.
     """
     network, decode = halves(model, precision)
@@ -91,7 +91,7 @@ def compiled(model: keras.Model, precision: str | None = None) -> Callable[[Any,
 def _backbone(model: keras.Model, dtype: tf.DType) -> Callable[[Any], dict[str, tf.Tensor]]:
     """A function from normalized images [B, H, W, 3] to a dict of c3, c4 and c5."""
     net = model.backbone
-    if not model.own_backbone:
+    if not model.builtin_backbone:
         return lambda x: {name: tf.cast(c, dtype) for name, c in net(x, training=False).items()}
     norms = {id(layer.input): layer for layer in net.layers if isinstance(layer, keras.layers.BatchNormalization)}
     convs, weights = {}, 0

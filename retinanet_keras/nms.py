@@ -1,33 +1,43 @@
 """§4.1, Inference: greedy non-maximum suppression, class by class.
 
-`per_class` is written in keras.ops and runs on every backend; on TensorFlow the same result comes faster from its own
-kernel.
+`per_class` is written in keras.ops and runs on every backend; TensorFlow's own kernel gives the same result faster.
 """
 
 import keras
 from keras import ops
 
 from retinanet_keras import boxes as box_ops
+from retinanet_keras.tensors import Tensor
 
 
-def per_class(boxes, scores, labels, num_classes, *, iou_threshold=0.5, max_detections=100):
-    """The highest-scoring boxes, none of which overlaps a better one of its own class by more than the threshold.
+def per_class(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Suppress boxes that overlap a box of higher score of the same class by more than the threshold.
 
     Args:
-        boxes: [B, N, 4], absolute pixels x1, y1, x2, y2.
-        scores: [B, N]; candidates of score 0 or less are not considered.
-        labels: int32 [B, N], 0..K-1.
-        num_classes: K.
+        boxes: tensor [B, N, 4]. Absolute pixels x1, y1, x2, y2.
+        scores: tensor [B, N]. Candidates of score 0 or less are not considered.
+        labels: int32 tensor [B, N]. 0..K-1.
+        num_classes: int. Number of object classes, K.
+        iou_threshold: float. IoU above which a box is suppressed.
+        max_detections: int. Largest number of boxes of an image, D.
 
     Returns:
-        boxes [B, D, 4], scores [B, D], labels int32 [B, D] by falling score, and count int32 [B]; D =
-        `max_detections`. Rows past count: box 0, score 0, label -1.
+        (boxes [B, D, 4], scores [B, D], labels int32 [B, D], count int32 [B]), in descending order of score. Rows past
+        count: box 0, score 0, label -1.
     """
     if keras.backend.backend() == "tensorflow":
-        found = _tensorflow_kernel(boxes, scores, labels, num_classes, iou_threshold, max_detections)
+        detections = _tensorflow_kernel(boxes, scores, labels, num_classes, iou_threshold, max_detections)
     else:
-        found = greedy(boxes, scores, labels, iou_threshold, max_detections)
-    boxes, scores, labels, count = found
+        detections = greedy(boxes, scores, labels, iou_threshold, max_detections)
+    boxes, scores, labels, count = detections
     real = ops.arange(max_detections)[None] < count[:, None]  # [B, D]
     return (
         ops.where(real[..., None], boxes, 0.0),
@@ -37,10 +47,12 @@ def per_class(boxes, scores, labels, num_classes, *, iou_threshold=0.5, max_dete
     )
 
 
-def greedy(boxes, scores, labels, iou_threshold, max_detections):
-    """Pick the best remaining candidate, drop what overlaps it in its class, repeat; all images at once.
+def greedy(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pick the best remaining candidate, suppress what overlaps it in its class, repeat; all images at once.
 
-    Arguments and results as `per_class`, without the filling of rows past count.
+    Arguments and results are those of `per_class`, but rows past count hold any values.
     """
     boxes = ops.cast(boxes, "float32")
     rows = ops.arange(max_detections)
@@ -72,8 +84,10 @@ def greedy(boxes, scores, labels, iou_threshold, max_detections):
     )
 
 
-def _tensorflow_kernel(boxes, scores, labels, num_classes, iou_threshold, max_detections):
-    """TensorFlow's combined kernel, on ranks in place of scores: it gives no order to equal ones.
+def _tensorflow_kernel(
+    boxes: Tensor, scores: Tensor, labels: Tensor, num_classes: int, iou_threshold: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """TensorFlow's combined kernel, on ranks in place of scores, as it gives equal scores no order.
 
     `clip_boxes=False`: the default clips pixels to [0, 1].
     """
@@ -84,10 +98,17 @@ def _tensorflow_kernel(boxes, scores, labels, num_classes, iou_threshold, max_de
     rank = tf.where(scores > 0, tf.cast(count - tf.range(count), tf.float32), 0.0)  # [B, N], whole numbers
     boxes, labels = (tf.gather(values, order, batch_dims=1) for values in (boxes, labels))
     by_class = tf.one_hot(labels, num_classes) * rank[..., None]  # [B, N, K]
-    found = tf.image.combined_non_max_suppression(
-        boxes[:, :, None, :], by_class, max_detections, max_detections,
-        iou_threshold=iou_threshold, score_threshold=0.0, clip_boxes=False,
-    )  # fmt: skip
-    picks = tf.minimum(count - tf.cast(found.nmsed_scores, tf.int32), count - 1)  # [B, D]; beyond the valid ones, any
+    suppressed = tf.image.combined_non_max_suppression(
+        boxes[:, :, None, :],
+        by_class,
+        max_detections,
+        max_detections,
+        iou_threshold=iou_threshold,
+        score_threshold=0.0,
+        clip_boxes=False,
+    )
+    picks = tf.minimum(
+        count - tf.cast(suppressed.nmsed_scores, tf.int32), count - 1
+    )  # [B, D]; beyond the valid ones, any
     boxes, scores, labels = (tf.gather(values, picks, batch_dims=1) for values in (boxes, scores, labels))
-    return boxes, scores, labels, found.valid_detections
+    return boxes, scores, labels, suppressed.valid_detections

@@ -1,4 +1,4 @@
-"""§4, Anchors: which anchor answers for which box.
+"""§4, Anchors: match anchors to ground truth.
 
 One pass over the ground-truth boxes, with a state of one IoU, one index and one flag per anchor: the [B, N, A] matrix
 of all IoUs is never made.
@@ -8,38 +8,57 @@ import numpy as np
 from keras import ops
 
 from retinanet_keras import boxes
+from retinanet_keras.tensors import Tensor
 
 BACKGROUND = -1
 IGNORE = -2
-BOXES_PER_PASS = 4  # of the state through memory: under XLA a quarter faster than 1
-SMALLEST = float(np.finfo("float32").tiny)  # of a union: 0 / 0 would be NaN
+BOXES_PER_PASS = 4  # in one pass of the state through memory: under XLA a quarter faster than 1
+SMALLEST_UNION = float(np.finfo("float32").tiny)  # 0 / 0 would be NaN
 
 
-def assign(anchors, gt_boxes, gt_labels, *, positive_iou=0.5, negative_iou=0.4, low_quality="detectron"):
-    """Targets of every anchor.
+def assign(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    low_quality: str = "detectron",
+) -> tuple[Tensor, Tensor]:
+    """Match every anchor to a ground-truth box, to the background, or to neither.
 
-    An anchor takes the box of its highest IoU (the first, among equals): positive from `positive_iou`, background
-    under `negative_iou`, ignored between. `low_quality` says what happens to each box's best anchors, ties included:
-    "none", nothing; "detectron", they become positive, and those under `negative_iou` return to background; "all",
-    they become positive whatever their IoU above 0. An anchor forced this way takes the class and box of its own best
-    box, as in Detectron.
+    An anchor is matched to the box of its highest IoU (the first among equals): positive from `positive_iou`,
+    background below `negative_iou`, ignored in between.
 
     Args:
-        anchors: [A, 4], absolute pixels x1, y1, x2, y2.
-        gt_boxes: [B, N, 4], in the same pixels; N may be 0.
-        gt_labels: integers [B, N], 0..K-1, or -1 in rows that are padding.
+        anchors: tensor [A, 4]. Absolute pixels x1, y1, x2, y2.
+        gt_boxes: tensor [B, N, 4]. Boxes in the same pixels; N may be 0.
+        gt_labels: int tensor [B, N]. 0..K-1, or -1 in rows that are padding.
+        positive_iou: float. IoU from which an anchor is positive.
+        negative_iou: float. IoU below which an anchor is background.
+        low_quality: str. What happens to each box's best anchors, ties included: "none", nothing; "detectron", they
+            become positive, and those below `negative_iou` return to background; "all", they become positive whatever
+            their IoU above 0. Such an anchor has the class and the box of its own highest IoU, as in Detectron.
 
     Returns:
-        class_targets, int32 [B, A]: 0..K-1, BACKGROUND or IGNORE.
-        box_targets, float32 [B, A, 4]: deltas dx, dy, dw, dh to the box; 0 where the anchor is not positive.
+        (class_targets, box_targets): int32 tensor [B, A], 0..K-1, BACKGROUND or IGNORE; float32 tensor [B, A, 4],
+        deltas dx, dy, dw, dh to the box, 0 where the anchor is not positive.
     """
     return assign_and_count(
         anchors, gt_boxes, gt_labels, positive_iou=positive_iou, negative_iou=negative_iou, low_quality=low_quality
     )[:2]
 
 
-def assign_and_count(anchors, gt_boxes, gt_labels, *, positive_iou=0.5, negative_iou=0.4, low_quality="detectron"):
-    """`assign`, and as a third result Detectron's count of assigned anchors, int32 [B].
+def assign_and_count(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    *,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+    low_quality: str = "detectron",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`assign`, with Detectron's count of assigned anchors as third result, int32 [B].
 
     It counts a box's best anchors before those under `negative_iou` return to background.
     """
@@ -48,7 +67,7 @@ def assign_and_count(anchors, gt_boxes, gt_labels, *, positive_iou=0.5, negative
     anchors = ops.cast(ops.convert_to_tensor(anchors), "float32")
     gt_boxes = ops.cast(ops.convert_to_tensor(gt_boxes), "float32")
     gt_labels = ops.cast(ops.convert_to_tensor(gt_labels), "int32")
-    # A padding row at the end: images without boxes need no case of their own, and index N means "no box".
+    # A padding row at the end: images without boxes are no special case, and index N means "no box".
     gt_boxes = ops.pad(gt_boxes, [[0, 0], [0, 1], [0, 0]])  # [B, N + 1, 4]
     gt_labels = ops.pad(gt_labels, [[0, 0], [0, 1]], constant_values=-1)  # [B, N + 1]
 
@@ -58,17 +77,17 @@ def assign_and_count(anchors, gt_boxes, gt_labels, *, positive_iou=0.5, negative
         positive = positive | (forced & (best_iou >= negative_iou))
     elif low_quality == "all":
         positive = positive | forced
-    matched = ops.sum(ops.cast(positive | forced, "int32"), axis=1)  # [B]; nothing is forced under "none"
+    count = ops.sum(ops.cast(positive | forced, "int32"), axis=1)  # [B]; nothing is forced under "none"
     label = ops.take_along_axis(gt_labels, best_box, axis=1)  # [B, A]
     unmatched = ops.where(best_iou < negative_iou, BACKGROUND, IGNORE)
     class_targets = ops.cast(ops.where(positive, label, unmatched), "int32")
 
-    own = ops.take_along_axis(gt_boxes, best_box[..., None], axis=1)  # [B, A, 4]
-    own = ops.where(positive[..., None], own, anchors)  # the anchor itself has zero deltas
-    return class_targets, boxes.encode(anchors, own), matched
+    matched_boxes = ops.take_along_axis(gt_boxes, best_box[..., None], axis=1)  # [B, A, 4]
+    matched_boxes = ops.where(positive[..., None], matched_boxes, anchors)  # the anchor itself has zero deltas
+    return class_targets, boxes.encode(anchors, matched_boxes), count
 
 
-def _match(anchors, gt_boxes, gt_labels, want_forced):
+def _match(anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, want_forced: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Each anchor's highest IoU [B, A], the box that has it [B, A], and whether it is some box's best [B, A]."""
     batch, count = ops.shape(gt_labels)[0], ops.shape(gt_labels)[1]
     valid = (gt_labels >= 0) & (boxes.area(gt_boxes) > 0)  # [B, N]
@@ -103,9 +122,9 @@ def _match(anchors, gt_boxes, gt_labels, want_forced):
     return best_iou, best_box, forced
 
 
-def _iou(a, b):
+def _iou(a: Tensor, b: Tensor) -> Tensor:
     """`boxes.iou` of boxes given as columns x1, y1, x2, y2, area that broadcast: the same numbers in fewer steps."""
     width = ops.relu(ops.minimum(a[2], b[2]) - ops.maximum(a[0], b[0]))
     height = ops.relu(ops.minimum(a[3], b[3]) - ops.maximum(a[1], b[1]))
     shared = width * height
-    return shared / ops.maximum(a[4] + b[4] - shared, SMALLEST)
+    return shared / ops.maximum(a[4] + b[4] - shared, SMALLEST_UNION)

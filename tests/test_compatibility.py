@@ -66,7 +66,7 @@ def test_a_keras_file(saved):
     folder, expected = saved
     model = keras.models.load_model(folder / "model.keras")
     assert_detections(model.detect(expected["images"]), expected, "keras")
-    assert type(model.optimizer) is optimizers.SGD and model.optimizer.iterations == 3
+    assert type(model.optimizer) is optimizers.CoupledSGD and model.optimizer.iterations == 3
     truth = {name: expected[f"truth_{name}"] for name in ("boxes", "labels")}
     loss = model.train_on_batch(expected["images"], truth, return_dict=True)["loss"]
     assert loss == pytest.approx(float(expected["next_loss"]), rel=1e-4)

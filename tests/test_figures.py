@@ -371,14 +371,14 @@ def test_terms_are_those_of_the_loss(run, tiny_config, data_dir):
     totals = np.zeros(len(settings))
     for i in range(len(dataset)):
         pixels, size, scale = canvas.fit(image_decoding.image_of(dataset, i)[None], 64, 64)
-        outputs = model.outputs_in_graph(pixels, size[None])
+        outputs = model._outputs_in_graph(pixels, size[None])
         anchors = anchor_boxes(*pixels.shape[1:3], config.anchors)
         gt_boxes, gt_labels = dataset.boxes_of(i) * scale, dataset.labels_of(i)
         for row, (gamma, alpha) in enumerate(settings):
             totals[row] += objective.loss_terms(
                 outputs, gt_boxes[None], gt_labels[None], anchors, target_config=config.targets,
                 classification_loss=FocalLoss(alpha, gamma), box_loss=SmoothL1Loss(), normalizer="minibatch",
-            )[0]  # fmt: skip
+            ).classification  # fmt: skip
         classes, _ = reference.assign(np.asarray(anchors), gt_boxes, gt_labels, "detectron")
         of_image = int((classes >= 0).sum())
         counts["positive"] += of_image

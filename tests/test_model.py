@@ -277,7 +277,7 @@ def test_boxes_and_labels_may_have_weights_of_their_own(small_model):
         for given in (weights, None, np.float32([1, 0, 0]), np.float32([0, 1, 0]))
     )
     assert first[1] > 0 and second[0] > 0
-    np.testing.assert_allclose(found, plain - [second[0], first[1], 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(found, plain - [second[0], first[1], 0, 0, 0], rtol=1e-5)
 
 
 def test_no_boxes_at_all(small_model):
@@ -386,7 +386,7 @@ def test_every_loss_of_the_family_is_summed_without_one_hot_targets(small_model,
     outputs = {"logits": logits, "deltas": tf.zeros((3, logits.shape[1], 4))}
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(logits)
-        ours = model.loss_terms(IMAGES, TRUTH, outputs)[0]
+        ours = model.loss_terms(IMAGES, TRUTH, outputs).classification
         count = tf.reduce_sum(tf.cast(class_targets >= 0, tf.float32), 1)
         each = tf.reduce_sum(loss.call(one_hot, logits) * used[..., None], [1, 2])
         textbook = tf.reduce_sum(each / tf.maximum(count, 1.0))

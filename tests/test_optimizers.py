@@ -52,7 +52,7 @@ def test_sgd_equals_numpy():
             gradient = gradient + 0.05 * weights[i] if name == "kernel" else gradient * (2 if name == "bias" else 1)
             momenta[i] = 0.9 * momenta[i] + gradient
             weights[i] = weights[i] - 0.1 * momenta[i]
-    apply(optimizers.SGD(0.1, momentum=0.9, l2=0.05, bias_rate=2.0), model, steps)
+    apply(optimizers.CoupledSGD(0.1, momentum=0.9, l2=0.05, bias_rate=2.0), model, steps)
     for ours, expected in zip(values(model), weights, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
@@ -60,7 +60,7 @@ def test_sgd_equals_numpy():
 def test_sgd_without_penalty_is_keras_sgd():
     ours, theirs = a_model(), a_model()
     steps = gradients(ours, 4)
-    apply(optimizers.SGD(0.1, momentum=0.9, l2=0.0, bias_rate=1.0), ours, steps)
+    apply(optimizers.CoupledSGD(0.1, momentum=0.9, l2=0.0, bias_rate=1.0), ours, steps)
     apply(keras.optimizers.SGD(0.1, momentum=0.9), theirs, steps)
     for a, b in zip(values(ours), values(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -70,7 +70,7 @@ def test_sgd_penalty_goes_through_the_momentum():
     """A gradient of zero twice: the coupled penalty of the first step returns in the second."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].kernel.assign([[1.0]])
-    optimizer = optimizers.SGD(0.1, momentum=0.5, l2=1.0)
+    optimizer = optimizers.CoupledSGD(0.1, momentum=0.5, l2=1.0)
     expected = [1 - 0.1, 0.9 - 0.1 * (0.5 * 1.0 + 0.9)]
     for value in expected:
         apply(optimizer, model, [[np.zeros((1, 1), "float32")]])
@@ -82,7 +82,7 @@ def test_the_momentum_follows_a_jump_of_the_rate(jump, corrected):
     """Steps of v = m * v * (new rate / old) + rate * gradient, where the rate jumps by more than 1.1 either way."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].kernel.assign([[0.0]])
-    optimizer = optimizers.SGD(0.5, momentum=0.9, l2=0.0)
+    optimizer = optimizers.CoupledSGD(0.5, momentum=0.9, l2=0.0)
     weight = velocity = 0.0
     for rate, factor in ((0.5, 1.0), (0.5 * jump, jump if corrected else 1.0), (0.5 * jump, 1.0)):
         optimizer.learning_rate = rate
@@ -96,7 +96,7 @@ def test_with_the_correction_steps_shrink_with_the_rate_at_once():
     """Under a constant gradient steps tend to rate / (1 - momentum) * gradient; after a drop they do so at once."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.layers[0].kernel.assign([[0.0]])
-    optimizer = optimizers.SGD(optimizers.Schedule(1.0, 400, warmup=0, drops=(300,)), momentum=0.9, l2=0.0)
+    optimizer = optimizers.CoupledSGD(optimizers.Schedule(1.0, 400, warmup=0, drops=(300,)), momentum=0.9, l2=0.0)
     places = []
     for _ in range(303):
         places.append(float(model.layers[0].kernel[0, 0]))
@@ -176,7 +176,7 @@ ADAMW_RUN = TrainConfig(
 
 def test_build_passes_the_settings():
     sgd = optimizers.build(SGD_RUN)
-    assert isinstance(sgd, optimizers.SGD)
+    assert isinstance(sgd, optimizers.CoupledSGD)
     assert (sgd.momentum, sgd.l2, sgd.bias_rate, sgd.global_clipnorm, sgd.weight_decay) == (0.8, 0.02, 3.0, 5.0, None)
     assert optimizers.build(TrainConfig()).global_clipnorm is None
     adamw = optimizers.build(ADAMW_RUN)
@@ -198,7 +198,7 @@ def test_adamw_equals_numpy():
     model = a_model()
     expected, steps = values(model), gradients(model, 5)
     decayed = [name == "kernel" for name in names(model)]
-    optimizer = optimizers.AdamW(0.1, weight_decay=0.5)
+    optimizer = optimizers.KernelAdamW(0.1, weight_decay=0.5)
     apply(optimizer, model, steps)
     first, second = ([np.zeros(v.shape) for v in expected] for _ in range(2))
     for t, step in enumerate(steps, start=1):
@@ -236,3 +236,24 @@ def test_a_deserialized_optimizer_takes_the_same_steps(run):
     apply(again, theirs, steps)
     for a, b in zip(values(ours), values(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name, kind, settings",
+    [
+        ("SGD", optimizers.CoupledSGD, {"momentum": 0.8, "nesterov": False, "l2": 0.1, "bias_rate": 3.0}),
+        ("AdamW", optimizers.KernelAdamW, {"weight_decay": 0.1, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-7}),
+    ],
+)
+def test_optimizers_in_files_with_their_former_names_are_read(name, kind, settings):
+    """The classes were called as Keras's own are; a file names them by module, class and registered name."""
+    saved = {
+        "module": "retinanet_keras.optimizers",
+        "class_name": name,
+        "config": {"name": name, "learning_rate": 0.5, **settings},
+        "registered_name": f"retinanet_keras>{name}",
+    }
+    optimizer = keras.saving.deserialize_keras_object(saved)
+    assert type(optimizer) is kind
+    assert optimizer.get_config().items() >= saved["config"].items()
+    assert keras.saving.serialize_keras_object(optimizer)["registered_name"] == saved["registered_name"]

@@ -72,7 +72,7 @@ def test_each_replica_traces_once_and_xla_compiles_each_shape_once_for_it(tmp_pa
     dump = tmp_path / "xla"
     counts, _, _ = trained(tmp_path, replicas=2, dump=str(dump), width=8, fpn_channels=8, steps=6)
     assert counts["traces"] == 2
-    compiled = [path for path in dump.glob("*before_optimizations.txt") if "sums_and_gradients" in path.name]
+    compiled = [path for path in dump.glob("*before_optimizations.txt") if "terms_and_gradients" in path.name]
     assert len(compiled) == 2 * 2, sorted(path.name for path in dump.iterdir())
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.check
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "retinanet_keras"
 
-MATHS = ("boxes", "nms", "losses", "mining", "anchors", "targets", "detections", "objective")
+MATHS = ("tensors", "boxes", "nms", "losses", "mining", "anchors", "targets", "detections", "objective")
 CLIENT = (
     "visualization.draw",
     "visualization.text_table",

@@ -20,7 +20,7 @@ def compiled(small_model, optimizer=None, **settings):
     names = ("normalizer", "check_finite", "run_eagerly", "steps_per_execution", "auto_scale_loss", "mining")
     of_compile = {name: settings.pop(name) for name in names if name in settings}
     model = small_model(**settings)
-    model.compile(optimizer or optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
+    model.compile(optimizer or optimizers.CoupledSGD(0.01, l2=0.0, bias_rate=1.0), jit_compile=False, **of_compile)
     return model
 
 
@@ -30,8 +30,8 @@ def test_the_logged_norm_is_that_of_the_gradient_of_the_logged_loss(small_model,
     model = compiled(small_model, normalizer=normalizer)
     images, truth = batch()
     with tf.GradientTape() as tape:
-        classification, box, divisor, _ = model.loss_terms(images, truth, model(images, training=True))
-        loss = (classification + box) / divisor
+        terms = model.loss_terms(images, truth, model(images, training=True))
+        loss = (terms.classification + terms.box) / terms.divisor
     gradients = tape.gradient(loss, model.trainable_variables)
     logs = model.train_on_batch(images, truth, return_dict=True)
     assert logs["loss"] == pytest.approx(float(loss), rel=1e-5)
@@ -94,7 +94,7 @@ def test_mixed_precision_trains_float32_weights_on_float32_losses(small_model, p
     assert model.class_subnet.tower[0].compute_dtype == first.compute_dtype == policy[6:]
     outputs = model(images)
     assert outputs["logits"].dtype == outputs["deltas"].dtype == tf.float32
-    assert model.loss_terms(images, truth, outputs)[0].dtype == tf.float32
+    assert model.loss_terms(images, truth, outputs).classification.dtype == tf.float32
     logs = model.train_on_batch(images, truth, return_dict=True)
     for name in ("loss", "positives"):
         assert logs[name] == pytest.approx(expected[name], rel=0.02), name
@@ -123,8 +123,8 @@ def test_the_optimizer_of_a_configuration_takes_the_step(small_model):
     images, truth = batch()
     model = compiled(small_model, optimizers.build(settings))
     with tf.GradientTape() as tape:
-        classification, box, divisor, _ = model.loss_terms(images, truth, model(images, training=True))
-        loss = (classification + box) / divisor
+        terms = model.loss_terms(images, truth, model(images, training=True))
+        loss = (terms.classification + terms.box) / terms.divisor
     gradients = tape.gradient(loss, model.trainable_variables)
     before = [v.numpy() for v in model.trainable_variables]
     model.train_on_batch(images, truth)
@@ -162,7 +162,7 @@ def test_run_eagerly_runs_the_loss_as_python_at_every_step(small_model):
         return losses.FocalLoss().call(targets, logits)
 
     model = small_model()
-    model.compile(optimizers.SGD(0.01, l2=0.0, bias_rate=1.0), focal, run_eagerly=True)
+    model.compile(optimizers.CoupledSGD(0.01, l2=0.0, bias_rate=1.0), focal, run_eagerly=True)
     assert model.train_on_batch(images, truth, return_dict=True) == pytest.approx(expected, rel=1e-4)
     calls = len(seen)
     model.train_on_batch(images, truth)

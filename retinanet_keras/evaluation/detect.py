@@ -141,7 +141,7 @@ def _by_model(
         with strategy.scope() if mirrored else contextlib.nullcontext():
             network, decode = compiled(*folding.halves(model))
     else:  # cached: training evaluates repeatedly
-        model.evaluation_graphs = model.evaluation_graphs or compiled(model.outputs_in_graph, model.decode_in_graph)
+        model.evaluation_graphs = model.evaluation_graphs or compiled(model._outputs_in_graph, model._decode_in_graph)
         network, decode = model.evaluation_graphs
     batches, seen = iter(inference_batches.inference_batches(dataset, plan, data)), set()
     clock = _Clock()

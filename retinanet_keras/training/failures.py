@@ -62,11 +62,12 @@ def replay(path):
     ids = arrays["image_id"].tolist()
     for image_id, part in [("all", slice(None)), *((ids[i], slice(i, i + 1)) for i in range(len(ids)))]:
         one = [arrays[name][part] for name in ("images", "boxes", "labels")]
-        (classification, box, divisor, positives, _), gradients = gradients_of(*one)
+        terms, gradients = gradients_of(*one)
         norms = [float(np.linalg.norm(gradient)) for gradient in gradients]
         yield {
-            "image_id": image_id, "boxes": int((one[2] >= 0).sum()), "positives": int(positives),
-            "classification": float(classification / divisor), "box": float(box / divisor),
+            "image_id": image_id, "boxes": int((one[2] >= 0).sum()), "positives": int(terms.positives),
+            "classification": float(terms.classification / terms.divisor),
+            "box": float(terms.box / terms.divisor),
             "gradient_norm": float(np.linalg.norm(norms)) / about["loss_scale"],
             "not_finite": [
                 v.path for v, norm in zip(model.trainable_variables, norms, strict=True) if not np.isfinite(norm)

@@ -1,8 +1,12 @@
 """§4.1: the backbone's pre-trained weights, from `keras.applications` or from a file, and the pixels they expect."""
 
+from collections.abc import Sequence
+from os import PathLike
+
 import h5py
 import keras
 import numpy as np
+import numpy.typing as npt
 
 from retinanet_keras import backbone as backbones
 from retinanet_keras.backbone import MEAN, STD
@@ -12,19 +16,21 @@ from retinanet_keras.weights import keras_files
 PIXEL_MEAN = "pixel_mean"  # attribute of weight files
 
 
-def load(backbone, weights, std=STD):
+def load(
+    backbone: keras.Model, weights: str | PathLike, std: Sequence[float] = STD
+) -> tuple[float, float, float] | None:
     """Load weights into a `resnet`.
 
     Args:
-        backbone: a `resnet`.
-        weights: "imagenet", or a .weights.h5 file.
-        std: what the model divides pixels by, RGB.
+        backbone: keras.Model. A `resnet`.
+        weights: str or path. "imagenet", or a .weights.h5 file.
+        std: tuple of 3 floats, RGB. What the model divides pixels by.
 
     Returns:
-        the pixel mean, RGB, that the weights were trained with, or None where the file does not tell.
+        The pixel mean, RGB, that the weights were trained with, or None if the file does not contain it.
 
     Raises:
-        UserError: where they cannot be had, or do not fit.
+        UserError: If the weights cannot be downloaded or read, or do not fit.
     """
     if weights == "imagenet":
         load_imagenet(backbone, std=std)
@@ -40,12 +46,12 @@ def load(backbone, weights, std=STD):
         raise UserError(f"weights: {weights} cannot be loaded into a {backbone.name} ({first})") from None
 
 
-def pixel_mean(path):
+def pixel_mean(path: str | PathLike) -> tuple[float, float, float] | None:
     """The pixel mean, RGB, that a file of `save` holds, or None.
 
     Raises:
-        UserError: where it is no three numbers.
-        OSError: where this is no HDF5 file.
+        UserError: If it is not three numbers.
+        OSError: If this is not an HDF5 file.
     """
     with h5py.File(path) as file:
         try:
@@ -60,21 +66,21 @@ def pixel_mean(path):
     return red, green, blue
 
 
-def save(backbone, path, pixel_mean):
-    """Write weights and the pixel mean they expect to a file for `load`, both in one step."""
+def save(backbone: keras.Model, path: str | PathLike, pixel_mean: Sequence[float]) -> None:
+    """Write weights and the pixel mean that they expect to one file for `load`."""
     with keras_files.replacing(path) as partial:
         backbone.save_weights(partial)
         with h5py.File(partial, "a") as file:
             file.attrs[PIXEL_MEAN] = pixel_mean
 
 
-def load_imagenet(backbone, source=None, std=STD):
+def load_imagenet(backbone: keras.Model, source: keras.Model | None = None, std: Sequence[float] = STD) -> None:
     """Copy ImageNet weights of `keras.applications` (the MSRA weights of §4.1) into a `resnet`.
 
     Args:
-        backbone: a `resnet` of 50, 101 or 152 layers, width 64, norm "frozen" or "batch".
-        source: a keras.applications ResNet of the same depth; None downloads it.
-        std: what the model divides pixels by, RGB.
+        backbone: keras.Model. A `resnet` of 50, 101 or 152 layers, width 64, norm "frozen" or "batch".
+        source: keras.Model or None. A ResNet of keras.applications of the same depth; None: it is downloaded.
+        std: tuple of 3 floats, RGB. What the model divides pixels by.
     """
     if source is None:
         makers = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
@@ -97,11 +103,19 @@ def load_imagenet(backbone, source=None, std=STD):
                 _copy(source, f"{theirs}_0_conv", f"{theirs}_0_bn", backbone, f"{ours}_shortcut")
 
 
-def _copy(source, conv, norm, backbone, name, scale=None, flip=False):
+def _copy(
+    source: keras.Model,
+    conv: str,
+    norm: str,
+    backbone: keras.Model,
+    name: str,
+    scale: npt.NDArray | None = None,
+    flip: bool = False,
+) -> None:
     """One convolution and its normalization; keras.applications' conv bias goes into the moving mean."""
     kernel, bias = source.get_layer(conv).get_weights()
     gamma, beta, mean, variance = source.get_layer(norm).get_weights()
-    if flip:  # trained on BGR, without division; the model gives RGB / STD
+    if flip and scale is not None:  # trained on BGR, without division; the model gives RGB / STD
         kernel = kernel[:, :, ::-1] / scale[None, None, :, None]
     backbone.get_layer(name).set_weights([kernel])
     backbone.get_layer(f"{name}_norm").set_weights([gamma, beta, mean - bias, variance])

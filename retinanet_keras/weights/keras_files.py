@@ -10,7 +10,9 @@ import hashlib
 import io
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -26,7 +28,7 @@ AGAIN = "Copy or download it again, or write it again from what it was made of."
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | os.PathLike) -> Iterator[Any]:
     """Write a `.keras` or `.weights.h5` file that takes the place of another only when it is whole.
 
     Args:
@@ -48,7 +50,7 @@ def replacing(path):
             _seal(partial)
 
 
-def may_replace(path):
+def may_replace(path: str | os.PathLike) -> bool:
     """Ask at the terminal whether a file, if it is there, may be overwritten: `overwrite=False` of Keras."""
     while os.path.exists(path):
         answer = input(f"{path} already exists. Overwrite it? [y/n] ").strip().lower()
@@ -57,12 +59,12 @@ def may_replace(path):
     return True
 
 
-def check(path):
-    """Refuse a damaged `.keras` or `.h5` file; other files pass.
+def check(path: str | os.PathLike) -> None:
+    """Reject a damaged `.keras` or `.h5` file; other files pass.
 
     Raises:
-        UserError: where it is no such file, was cut short or changed, or would take far more memory than it has bytes.
-        OSError: where it cannot be opened.
+        UserError: If it is not such a file, is truncated or changed, or would take far more memory than it has bytes.
+        OSError: If it cannot be opened.
     """
     path = os.fspath(path)
     if "://" in path or not path.endswith((".keras", ".h5")) or os.path.isdir(path):
@@ -74,14 +76,16 @@ def check(path):
             _check_hdf5(path, file)
 
 
-def check_store(store):
-    """Refuse the weights of a damaged `.keras` file while Keras loads it.
+def check_store(store: Any) -> None:
+    """Reject the weights of a damaged `.keras` file while Keras loads it.
 
     Keras reads the member of the archive whole, which compares its checksum, and where that fails reads it in parts,
     which does not.
     """
     archive = getattr(store, "archive", None)
-    damaged = archive.testzip() if archive is not None else None
+    if archive is None:
+        return
+    damaged = archive.testzip()
     if damaged:
         raise _damaged(archive.filename, f"{damaged} in it is not what its checksum says")
 

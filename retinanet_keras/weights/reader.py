@@ -12,6 +12,7 @@ import tokenize
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from retinanet_keras.errors import UserError, first_line
 from retinanet_keras.storage import archives
@@ -43,8 +44,8 @@ def _damage(*errors):
         raise Damaged(f"{type(error).__name__}: {first_line(error)}") from error
 
 
-def read(path):
-    """The weights in a file: dict of name -> array, in the file's order.
+def read(path: str | os.PathLike) -> dict[str, npt.NDArray]:
+    """Read the weights in a file: dict of name -> array, in the file's order.
 
     The format is recognized by content. `{"blobs": ...}`, `{"model": ...}` and `{"state_dict": ...}` are unwrapped,
     entries beside the weights are ignored, and so are Detectron's `*_momentum` and DataParallel's "module.".
@@ -52,7 +53,7 @@ def read(path):
     on what was read, without a copy where they can.
 
     Raises:
-        UserError: where the file cannot be read, is no such file, holds more than arrays and plain containers, holds no
+        UserError: If the file cannot be read, is not such a file, holds more than arrays and plain containers, holds no
             weights, or would take much more memory than it has bytes.
     """
     path = Path(path)

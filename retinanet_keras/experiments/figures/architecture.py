@@ -5,6 +5,7 @@ import math
 import keras
 from matplotlib.patches import FancyBboxPatch
 
+from retinanet_keras import keras_hooks
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments.figures import sheet
 from retinanet_keras.model import RetinaNet
@@ -50,8 +51,8 @@ def _trace(part, outputs, rows, names):
     def visit(tensor):
         if id(tensor) in names:
             return names[id(tensor)]
-        operation, index, _ = tensor._keras_history
-        inputs = [visit(one) for one in operation._inbound_nodes[index].input_tensors]
+        operation, tensors = keras_hooks.inputs_of(tensor)
+        inputs = [visit(one) for one in tensors]
         taken = {row["node"] for row in rows}
         base = f"{part}.{operation.name}"
         name = next(n for n in [base, *(f"{base}#{i}" for i in range(2, 1000))] if n not in taken)

@@ -27,6 +27,7 @@ from retinanet_keras.errors import UserError
 from retinanet_keras.evaluation import detect
 from retinanet_keras.experiments.figures import loss_curves, sheet
 from retinanet_keras.storage import disk
+from retinanet_keras.tensors import round_up
 from retinanet_keras.training.resume import load_run
 from retinanet_keras.training.run_folder import RunFolder, load_config_of
 
@@ -139,9 +140,8 @@ def collect(model, dataset, config, images=None):
 
 def _terms(model, pixels, sizes, boxes, labels):
     """x_t of the positive terms [P], and of the negative ones [N], of a batch."""
-    multiple = model.detection.pad_multiple
-    height, width = (-(-side // multiple) * multiple for side in tf.unstack(tf.shape(pixels)[1:3]))
-    logits = model.outputs_in_graph(pixels, sizes)["logits"]  # [B, A, K]
+    height, width = (round_up(side, model.detection.pad_multiple) for side in tf.unstack(tf.shape(pixels)[1:3]))
+    logits = model._outputs_in_graph(pixels, sizes)["logits"]  # [B, A, K]
     classes, _ = targets.assign(
         anchor_boxes(height, width, model.anchors), boxes, labels, **vars(model.targets)
     )  # [B, A]
