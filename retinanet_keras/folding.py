@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from retinanet_keras import anchors, detections
+from retinanet_keras.tensors import round_up
 
 CONSTANTS = 9_000_000  # weights of the backbone: those of a ResNet-50 before res5
 
@@ -72,7 +73,7 @@ def halves(
 
     def decode(outputs, images, sizes):
         sizes = tf.cast(sizes, tf.float32)
-        height, width = (-(-side // multiple) * multiple for side in tf.unstack(tf.shape(images)[1:3]))
+        height, width = (round_up(side, multiple) for side in tf.unstack(tf.shape(images)[1:3]))
         boxes = anchors.anchors_by_level(height, width, model.anchors)
         return detections.decode_levels(
             outputs["logits"], outputs["deltas"], boxes, sizes[:, 0], sizes[:, 1], **settings
