@@ -97,7 +97,7 @@ def test_batch_normalization_is_not_trained_on_several_replicas(tmp_path):
 
 
 def test_replicas_are_of_the_mirrored_strategy_only():
-    with pytest.raises(ConfigError, match='strategy.replicas: expected strategy.kind "mirrored" with it, got "auto"'):
+    with pytest.raises(ConfigError, match='strategy.replicas: expected strategy.kind "mirrored", got "auto"'):
         config_from_dict({"strategy": {"replicas": 2}})
 
 
