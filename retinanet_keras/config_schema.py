@@ -1,4 +1,6 @@
-"""Settings as dataclasses: fields with limits and sources, and trees of JSON that become them or say why not."""
+"""Settings as dataclasses: fields with limits and sources, and their construction from JSON."""
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
@@ -8,7 +10,9 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import field
+from typing import Any
 
 from retinanet_keras.errors import ConfigError
 from retinanet_keras.storage import strict_json
@@ -17,19 +21,23 @@ from retinanet_keras.storage.printable import printable
 LONGEST = 60  # characters of a value or a key in a message
 
 
-def setting(default, source, doc, **limits):
-    """A dataclass field with its source, one line of documentation, and limits.
+def setting(default: Any, source: str, doc: str, **limits: Any) -> Any:
+    """Define a dataclass field with its source, one line of documentation, and limits.
 
-    Limits: `choices` (a tuple), `at_least`, `above`, `at_most`, `below`; each holds for every element of a tuple.
+    Args:
+        default: the default value.
+        source: str. Where the default comes from.
+        doc: str. What the setting is.
+        **limits: `choices` (a tuple), `at_least`, `above`, `at_most`, `below`; each applies to all elements of a tuple.
     """
     return field(default=default, metadata={"source": source, "doc": doc, **limits})
 
 
-def describe(root):
-    """(key, default, documentation, source) of every setting of a dataclass and those in it, in order."""
+def describe(root: type) -> list[tuple[str, str, str, str]]:
+    """List (key, default, documentation, source) of every setting of a dataclass and its sections, in order."""
     rows = []
 
-    def walk(cls, prefix):
+    def walk(cls: Any, prefix: str) -> None:
         for item in dataclasses.fields(cls):
             if item.default is dataclasses.MISSING:
                 walk(item.default_factory, f"{prefix}{item.name}.")
@@ -41,8 +49,8 @@ def describe(root):
     return rows
 
 
-def apply(root, tree, override):
-    """Set one `a.b=value` in a tree of dicts that is to become the dataclass `root`."""
+def apply(root: type, tree: dict[str, Any], override: str) -> None:
+    """Apply an override `a.b=value` to a tree of dicts from which the dataclass `root` will be built."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set expects section.key=value, such as train.batch_size=4; got {show(override)}")
@@ -52,17 +60,17 @@ def apply(root, tree, override):
         value = strict_json.parse(text)
     except strict_json.JsonError:
         value = text
-    if kind is str and not isinstance(value, str):  # a folder may be called 2017
+    if kind is str and not isinstance(value, str):  # a folder may be named 2017
         value = text
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {section} is no section in this file but {show(tree)}")
+            raise ConfigError(f"{key}: expected {section} to be a section in this file, got {show(tree)}")
     tree[last] = value
 
 
-def _kind_of(cls, sections, last):
-    """The annotated type at a key path, or None where there is no such key (validation will say so)."""
+def _kind_of(cls: Any, sections: Sequence[str], last: str) -> Any:
+    """The annotated type at a key path; None where there is no such key, which `build` reports."""
     for section in sections:
         cls = typing.get_type_hints(cls).get(section)
         if not dataclasses.is_dataclass(cls):
@@ -70,8 +78,8 @@ def _kind_of(cls, sections, last):
     return typing.get_type_hints(cls).get(last)
 
 
-def build(root, tree):
-    """The dataclass `root` from a tree of dicts, names, types and limits checked.
+def build(root: type, tree: Any) -> Any:
+    """Build the dataclass `root` from a tree of dicts, checking names, types and limits.
 
     Raises:
         ConfigError: naming the key, what was expected, and the nearest valid key.
@@ -79,7 +87,7 @@ def build(root, tree):
     return _build(root, tree, "", root)
 
 
-def _build(cls, tree, path, root):
+def _build(cls: Any, tree: Any, path: str, root: type) -> Any:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path.rstrip('.')}: expected a JSON object of settings, got {show(tree)}")
     known = {item.name: item for item in dataclasses.fields(cls)}
@@ -96,8 +104,8 @@ def _build(cls, tree, path, root):
     return cls(**values)
 
 
-def _nearest(key, root):
-    """A hint naming the valid key that looks most like this one, wherever its section is."""
+def _nearest(key: str, root: type) -> str:
+    """A hint naming the most similar valid key in any section."""
     keys = [row[0] for row in describe(root)]
     sections = sorted({k.rsplit(".", 1)[0] for k in keys})
     leaf = key.rsplit(".", 1)[-1]
@@ -111,8 +119,8 @@ def _nearest(key, root):
     )
 
 
-def _convert(value, hint, limits, key):
-    """A JSON value as the annotated type, or a ConfigError."""
+def _convert(value: Any, hint: Any, limits: Mapping[str, Any], key: str) -> Any:
+    """Convert a JSON value to the annotated type, or raise a ConfigError."""
     if typing.get_origin(hint) is tuple:
         item, *rest = typing.get_args(hint)
         count = None if Ellipsis in rest else 1 + len(rest)
@@ -133,7 +141,7 @@ def _convert(value, hint, limits, key):
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}: expected a finite number, got {value}")
     if isinstance(value, str) and not _is_name(value):
-        raise ConfigError(f"{key}: expected text that a file's name may hold, got {show(value)}")
+        raise ConfigError(f"{key}: expected text that is valid in a file name, got {show(value)}")
     if "choices" in limits and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), map(str, limits["choices"]), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -149,22 +157,22 @@ def _convert(value, hint, limits, key):
     return value
 
 
-def _is_name(text):
-    """Whether the system can be asked for a file of this name: no half of a character, no null."""
+def _is_name(text: str) -> bool:
+    """Whether the text is valid in a file name: no lone surrogates, no null characters."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
 
 
-def _type_name(kind):
+def _type_name(kind: type) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}[kind]
 
 
-def show(value):
-    """A value as short JSON."""
+def show(value: Any) -> str:
+    """Format a value as short JSON."""
     try:
         text = json.dumps(value, default=str)
-    except (RecursionError, ValueError):  # of many levels; whole numbers of more digits than Python writes
-        text = f"a {type(value).__name__} that is too large to be shown"
+    except (RecursionError, ValueError):  # deeply nested, or an integer with more digits than Python formats
+        text = f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

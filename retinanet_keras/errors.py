@@ -1,5 +1,7 @@
 """Errors that the command lines show as a message, without a traceback."""
 
+from __future__ import annotations
+
 import re
 import signal
 
@@ -9,39 +11,44 @@ class UserError(ValueError):
 
 
 class RunError(UserError):
-    """A run that cannot go on; the message says why, what is safe, and what to do."""
+    """A run that cannot continue; the message says why, what is saved, and what to do."""
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used; the message names the key, what was expected and what came."""
+    """A configuration that cannot be used; the message names the key, what was expected and what was given."""
 
 
 class DataError(UserError):
-    """A dataset that cannot be used; the message names the file, the offenders and what to do."""
+    """A dataset that cannot be used; the message names the file, the invalid entries and what to do."""
 
 
 class InUse(UserError):
-    """A folder that another process works in; the message says which."""
+    """A folder that is in use by another process; the message says which."""
 
 
 class OnnxError(UserError):
-    """An ONNX file that cannot be made."""
+    """An ONNX file that cannot be written."""
 
 
 class ServerError(UserError):
-    """The server is not there, has not the model, or does not answer in time: no other image would fare better."""
+    """A server that is unavailable, lacks the model, or times out; the failure is not specific to an image."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run ended by a signal. Args: the signal's number; what is saved, as a sentence."""
+    """A process ended by a signal.
 
-    def __init__(self, number, message=""):
-        super().__init__(message or "Nothing was lost but the work since the last message")
+    Args:
+        number: int. Number of the signal.
+        message: str. What is saved, as a sentence.
+    """
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message or "Only the work since the last message was lost")
         self.name = signal.Signals(number).name
-        self.status = 128 + number  # what shells and schedulers expect
+        self.status = 128 + number  # the exit status that shells and schedulers expect
 
 
-def first_line(error):
-    """What an error says, without the names of graph nodes that TensorFlow adds."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without the names of graph nodes that TensorFlow adds."""
     message = getattr(error, "message", None) or str(error)
     return re.sub(r"\{\{.*?\}\}", "", message).strip().split("\n")[0].split(" [Op:")[0]

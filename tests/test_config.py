@@ -230,7 +230,9 @@ def test_jitter_has_the_smaller_factor_first():
 
 
 def test_sizes_of_shapes_have_the_smaller_share_first():
-    assert "data.shapes.size: expected the smaller share first" in error_of({"data": {"shapes": {"size": [0.5, 0.1]}}})
+    assert "data.shapes.size: expected the smaller fraction first" in error_of(
+        {"data": {"shapes": {"size": [0.5, 0.1]}}}
+    )
 
 
 @pytest.mark.parametrize("rounding", ["cell", "integers"])
@@ -281,7 +283,7 @@ def test_text_that_is_not_json_names_line_and_column(tmp_path):
 
 
 def test_other_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"must hold a JSON object of sections, got \[1, 2\]"):
+    with pytest.raises(ConfigError, match=r"expected a JSON object of sections, got \[1, 2\]"):
         load_config(write(tmp_path, "[1, 2]"))
     (tmp_path / "latin.json").write_bytes(b'{"data": "\xe9"}')
     with pytest.raises(ConfigError, match="cannot be read|is not UTF-8"):
@@ -299,8 +301,8 @@ def test_other_unreadable_files(tmp_path):
     ('{"train": {"learning_rate": 1' + "0" * 400 + "}}", "needs more than 64 bits"),
     ('{"train": {"learning_rate": 1e400}}', "train.learning_rate: expected a finite number, got"),
     ('{"serving": {"max_pixels": 9000000000000000000}}', "serving.max_pixels: expected at most"),
-    ('{"data": {"dir": "half \\ud800"}}', r'data.dir: expected text that a file.s name may hold, got "half \\ud800"'),
-    ('{"data": {"dir": "null \\u0000"}}', "data.dir: expected text that a file.s name may hold"),
+    ('{"data": {"dir": "half \\ud800"}}', r'data.dir: expected text that is valid in a file name, got "half \\ud800"'),
+    ('{"data": {"dir": "null \\u0000"}}', "data.dir: expected text that is valid in a file name"),
     ('{"\\u001b[31m' + "x" * 100_000 + '": 1}', r"unknown key \\x1b\[31mx+…\."),
     ("", "line 1, column 1"),
 ])  # fmt: skip
@@ -429,7 +431,7 @@ def test_wrong_overrides_are_told_as_in_a_file(tmp_path):
         override(tmp_path, "data=5")
     with pytest.raises(ConfigError, match="train.seed: expected a whole number"):
         override(tmp_path, "train.seed.x=5")
-    with pytest.raises(ConfigError, match="train is no section in this file but 5"):
+    with pytest.raises(ConfigError, match="expected train to be a section in this file, got 5"):
         override(tmp_path, "train.seed=5", tree={"train": 5})
 
 

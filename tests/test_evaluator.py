@@ -62,7 +62,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run_copy, whole, monkeyp
         file.write("[[3, [[1.0, 2.")
     evaluate("c.json", workdir=run_copy, split="train")
     assert computed[1] == computed[0] - 2 and not unfinished.exists()
-    assert f"Going on after {sum(map(len, done))} of 10 images" in capsys.readouterr().out
+    assert f"Resuming after {sum(map(len, done))} of 10 images" in capsys.readouterr().out
     assert (run_copy / "eval/train/results.json").read_bytes() == whole
 
 
@@ -78,7 +78,7 @@ def test_what_other_weights_or_sizes_have_found_is_not_gone_on_from(run_copy, mo
         evaluate("c.json", workdir=run_copy, split="train")
     monkeypatch.undo()
     evaluate("c.json", workdir=run_copy, split="train", overrides=["data.short_side=48"])
-    assert "Going on" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -117,7 +117,9 @@ def test_a_split_without_labels_gives_a_submission(run_copy, finished):
 
 def test_settings_of_another_model_are_refused_before_anything_is_done(run_copy):
     before = sorted(run_copy.rglob("*"))
-    with pytest.raises(RunError, match="model.width is 8 in the run, 16 is asked for; anchors.scales is 3 in the run"):
+    with pytest.raises(
+        RunError, match="model.width is 8 in the run, 16 in these settings; anchors.scales is 3 in the run"
+    ):
         evaluate("c.json", workdir=run_copy, overrides=["model.width=16", "anchors.scales=2"])
     assert sorted(run_copy.rglob("*")) == before
 

@@ -108,7 +108,7 @@ def kill_again_and_again(workdir, data, kills, longest, *settings):
         assert process.poll() is None, "it ended before it could be killed"
         process.kill()
         process.wait()
-        steps += [int(step) for step in re.findall(r"Going on from step (\d+)", output.read_text())]
+        steps += [int(step) for step in re.findall(r"Resuming from step (\d+)", output.read_text())]
     finish(workdir, data, *settings)
     return steps
 
@@ -188,5 +188,5 @@ def test_two_workers_train_as_one_process_and_survive_the_loss_of_one(tmp_path):
     both = start_both()
     for process, output in both:
         assert process.wait() == 0, output.read_text()[-3000:]
-    assert "Going on from step" in both[0][1].read_text()
+    assert "Resuming from step" in both[0][1].read_text()
     check_same(workdir, tmp_path / "one", atol=1e-5)

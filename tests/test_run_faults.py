@@ -18,7 +18,7 @@ from retinanet_keras.errors import DataError, RunError
 from retinanet_keras.evaluation import detect
 from retinanet_keras.serving import detector
 from retinanet_keras.training import callbacks, failures, run
-from retinanet_keras.training.batches import Stream, explained
+from retinanet_keras.training.batches import Stream, explain_errors
 from retinanet_keras.training.resume import Checkpoints, load_run
 from retinanet_keras.training.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_file_reproduces_it(
     images[1, 5, 5, 0] = np.inf
     stream.batch = lambda step: (images, truth)
     with pytest.raises(RunError, match="not finite in step 4, .* ids (\\d+), (\\d+); .*replay .*step-3") as stop:
-        with callbacks.Signals() as signals, explained(stream, model, settings, folder, checkpoints, signals):
+        with callbacks.Signals() as signals, explain_errors(stream, checkpoints, signals):
             model.train_on_batch(images, truth)
     ids = truth["image_id"].numpy().tolist()
     assert f"ids {ids[0]}, {ids[1]}" in str(stop.value)

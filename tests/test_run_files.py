@@ -76,7 +76,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tiny_config, data_dir, copy,
 
 def test_fewer_iterations_than_the_run_has_done_are_refused(tiny_config, data_dir, copy):
     before = everything(copy.path)
-    with pytest.raises(RunError, match="train.iterations: the run in .* is at step 6, 5 are asked for"):
+    with pytest.raises(RunError, match="train.iterations: the run in .* is at step 6, and 5 steps are configured"):
         run.train(tiny_config(data_dir, train={"iterations": 5}), copy.path)
     assert everything(copy.path) == before
 
@@ -97,7 +97,9 @@ def test_a_run_does_not_go_on_with_other_annotations(tiny_config, data_dir, copy
     tree["annotations"][0]["bbox"][0] += 3
     file.write_text(json.dumps(tree))
     before = everything(copy.path)
-    with pytest.raises(RunError, match=f"the annotations of {split} are not those that the run began with.*--workdir"):
+    with pytest.raises(
+        RunError, match=f"the annotations of {split} are not those that the run started with.*--workdir"
+    ):
         run.train(tiny_config(tmp_path / "data", train={"iterations": 9}), copy.path)
     assert everything(copy.path) == before
 
@@ -109,11 +111,13 @@ def test_image_files_of_other_sizes_are_refused_unless_they_were_to_be_repaired(
     image = sorted((tmp_path / "data/images").glob("train_*"))[2]
     image.write_bytes(image.read_bytes() + b"more")
     data = {"train": fingerprint.fingerprint(dataset_formats.open_split(tiny_config(tmp_path / "data").data, "train"))}
-    with pytest.raises(RunError, match="image files of train are not as many bytes as when the run began"):
+    with pytest.raises(
+        RunError, match="the sizes in bytes of image files of train are not those at the start of the run"
+    ):
         data_record.check(copy, data, data)
     data_record.allow_other_files(copy)
     data_record.check(copy, data, data)
-    assert "not as many bytes" in caplog.text
+    assert "the sizes in bytes" in caplog.text
     caplog.clear()
     data_record.check(copy, data, data)
     assert not caplog.text and json.loads(copy.data_file.read_text()) == data
@@ -248,7 +252,7 @@ def test_a_damaged_log_is_set_aside_and_what_can_be_read_of_it_kept(tmp_path, ca
 def test_a_damaged_best_json_is_refused_by_readers_and_rebuilt_by_training(copy, caplog, content):
     whole = json.loads(copy.best_file.read_text())
     copy.best_file.write_bytes(content)
-    with pytest.raises(RunError, match="best.json cannot be read: .*written anew from log.csv"):
+    with pytest.raises(RunError, match="best.json cannot be read: .*to rewrite it from log.csv"):
         best.read(copy)
     best.mend(copy)
     assert "best.json is damaged" in caplog.text

@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_config, data_dir, finished, t
     with open(folder.log_file, "a") as file:
         file.write("5,9,9,9,9,9,9,9,9,,\n6,0.5,1.2e-")  # a row of the step that was lost, and one cut off
     run.train(config, folder.path)
-    assert "Going on from step 4 of 6" in capsys.readouterr().out
+    assert "Resuming from step 4 of 6" in capsys.readouterr().out
     for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert [row["step"] for row in folder.log_rows() if "loss" in row] == [2, 4, 6]
@@ -154,20 +154,20 @@ def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(
 
     before = signal.getsignal(number)
     monkeypatch.setattr(callbacks.Count, "on_train_batch_end", send_at_five)
-    with pytest.raises(Interrupted, match="saved at step 5.* goes on from there") as stop:
+    with pytest.raises(Interrupted, match="saved at step 5.* resume from there") as stop:
         run.train(tiny_config(data_dir), folder.path)
     monkeypatch.undo()
     assert stop.value.status == 128 + number and signal.getsignal(number) is before
     assert (folder.checkpoints / "step-5.index").exists()
     run.train(tiny_config(data_dir), folder.path)
-    assert "Going on from step 5 of 6" in capsys.readouterr().out
+    assert "Resuming from step 5 of 6" in capsys.readouterr().out
     for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_signal_outside_of_steps_and_a_second_one_end_at_once():
     with callbacks.Signals() as signals:
-        with pytest.raises(Interrupted, match="what was written before is whole"):
+        with pytest.raises(Interrupted, match="files already written are complete"):
             signal.raise_signal(signal.SIGTERM)
         with signals.steps():
             signal.raise_signal(signal.SIGINT)
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_config, data_dir
     for part in folder.checkpoints.glob("step-6.*"):
         part.write_bytes(part.read_bytes()[:100])
     run.train(tiny_config(data_dir), folder.path)
-    assert "step-6 cannot be read" in caplog.text and "going on from the checkpoint before it" in caplog.text
+    assert "step-6 cannot be read" in caplog.text and "resuming from the checkpoint before it" in caplog.text
     for ours, theirs in zip(weights_and_slots(folder), weights_and_slots(finished[0]), strict=True):
         np.testing.assert_array_equal(ours, theirs)  # and step 6 was written again
 

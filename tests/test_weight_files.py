@@ -270,12 +270,12 @@ def test_small_files_of_large_arrays_are_refused(model, tmp_path):
         ({"config": "{}"}, "no model of Keras: model.weights.h5 is missing"),
         ({"config": "{", "weights": hdf5()}, "config.json in it is not valid JSON, line 1, column 2"),
         ({"config": 100_000 * "[", "weights": hdf5()}, "not valid JSON, lists or objects are nested too deeply"),
-        ({"config": 100 * "[" + 100 * "]", "weights": hdf5()}, "is no model that Keras can load"),
+        ({"config": 100 * "[" + 100 * "]", "weights": hdf5()}, "is not a model that Keras can load"),
         ({"config": 101 * "[" + 101 * "]", "weights": hdf5()}, "lists and objects in its config.json are nested more"),
         ({"config": 900 * '{"config":' + "1" + 900 * "}", "weights": hdf5()}, "nested more than 100 deep"),
         ({"config": "{}", "weights": b"HDF"}, "damaged or cut short: "),
-        ({"config": "[]", "weights": hdf5()}, "is no model that Keras can load"),
-        ({"config": "{}", "weights": hdf5()}, "is no model that Keras can load"),
+        ({"config": "[]", "weights": hdf5()}, "is not a model that Keras can load"),
+        ({"config": "{}", "weights": hdf5()}, "is not a model that Keras can load"),
     ],
 )
 def test_what_is_no_model_is_told_in_words(tmp_path, content, message):

@@ -1,11 +1,15 @@
-"""The commands that are more than one call."""
+"""Commands of `retinanet-keras` that take more than one call: detect, export, replay."""
+
+from __future__ import annotations
 
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from retinanet_keras.config import Config
+from retinanet_keras.config import Config, DataConfig
 from retinanet_keras.data import image_decoding
 from retinanet_keras.data.coco import Categories
 from retinanet_keras.data.listing import image_files
@@ -24,17 +28,17 @@ from retinanet_keras.visualization import text_table
 logger = logging.getLogger("retinanet_keras")
 
 
-def detect(model, images, to, min_score):
-    """`detect`: a table of what is found in image files and folders, and pictures of it.
+def detect(model: str, images: Sequence[str], to: str | Path, min_score: float) -> int:
+    """Run `detect`: print a table of the detections in image files and folders, and draw them.
 
     Args:
-        model: folder of a run or of an export, or a .keras file.
-        images: files and folders.
-        to: folder for the pictures.
-        min_score: of the detections shown.
+        model: str. Folder of a run or of an export, or a .keras file.
+        images: sequence of str. Image files and folders.
+        to: str or Path. Folder for the pictures.
+        min_score: float. Minimum score of the detections shown.
 
     Returns:
-        0, or 1 where an image could not be read; the others are done all the same.
+        0, or 1 where an image could not be read; the others are processed all the same.
     """
     disk.check_folder(to, "--to")
     files, max_pixels = image_files(images), Config().data.max_pixels
@@ -68,17 +72,26 @@ def detect(model, images, to, min_score):
     return int(failed > 0)
 
 
-def export(to, workdir=None, weights=None, precision=None, onnx=None):
-    """`export`: the next version of the SavedModel of a run, or of a .keras file, under a base path.
+def export(
+    to: str | Path | None,
+    workdir: str | Path | None = None,
+    weights: str | Path | None = None,
+    precision: str | None = None,
+    onnx: str | Path | None = None,
+) -> int:
+    """Run `export`: write the next version of the SavedModel of a run, or of a .keras file, under a base path.
 
-    Images are resized as the run's configuration says; for a file, as the paper says (shorter side 800).
+    Images are resized as in the run's configuration; for a file, as in the paper (shorter side 800).
 
     Args:
-        to: the base path; None: no SavedModel.
-        workdir: folder of the run.
-        weights: the .keras file, where there is no run.
-        precision: of convolutions, "float32" or "bfloat16"; None: the model's own.
-        onnx: an ONNX file to write as well.
+        to: str, Path or None. The base path; None for no SavedModel.
+        workdir: str, Path or None. Folder of the run.
+        weights: str, Path or None. The .keras file, where there is no run.
+        precision: str or None. Precision of convolutions, "float32" or "bfloat16"; None for the model's.
+        onnx: str, Path or None. ONNX file to write as well.
+
+    Returns:
+        0.
     """
     if to:
         disk.check_folder(to, "--to")
@@ -88,9 +101,9 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
     if workdir:
         config, model, step = load_trained(workdir)
     else:
-        config, model = Config(), loading.of_file(weights, "--weights")
+        config, model = Config(), loading.of_file(weights or "", "--weights")
     if to:
-        metrics = _metrics(RunFolder(workdir), config.data, step) if workdir else None
+        metrics = _metrics(RunFolder(workdir), config.data, step) if workdir and step is not None else None
         print(f"written to {export_model(model, config, to, precision=precision, metrics=metrics, run=bool(workdir))}")
     if onnx:
         detect_images = detect_function(model, config, precision, onnx_file.resize)
@@ -98,9 +111,9 @@ def export(to, workdir=None, weights=None, precision=None, onnx=None):
     return 0
 
 
-def _metrics(folder, data, step):
-    """{split: metrics} of a run at a step, on the data it began with; the model card takes those of its weights."""
-    found, known = {}, data_record.recorded(folder)
+def _metrics(folder: RunFolder, data: DataConfig, step: int) -> dict[str, dict[str, Any]]:
+    """{split: metrics} of a run's weights at a step, on the data that it started with, for the model card."""
+    by_split, recorded = {}, data_record.recorded(folder)
     for split in filter(None, (data.test_split, data.val_split)):
         file = folder.evaluation(split) / "metrics.json"
         try:
@@ -108,17 +121,24 @@ def _metrics(folder, data, step):
         except FileNotFoundError:
             continue
         except (strict_json.JsonError, OSError) as error:
-            logger.warning("%s cannot be read (%s), so the model card goes without it", file, error)
+            logger.warning("%s cannot be read (%s), so the model card does not include it", file, error)
             continue
         if not isinstance(metrics, dict) or metrics.get("step") != step:
             continue
-        if metrics.get("dataset") == known.get(split, {}).get("annotations", ""):
-            found[split] = metrics
-    return found
+        if metrics.get("dataset") == recorded.get(split, {}).get("annotations", ""):
+            by_split[split] = metrics
+    return by_split
 
 
-def replay(path):
-    """`replay`: what each image of a failed training step gives; the status is 1 where it is not finite again."""
+def replay(path: str | Path) -> int:
+    """Run `replay`: print losses and gradients of each image of a failed training step.
+
+    Args:
+        path: str or Path. The file written by training.
+
+    Returns:
+        1 where the loss or a gradient is not finite again, else 0.
+    """
     print(f"{'image':>12}  boxes  positives  class loss    box loss  gradient norm")
     failed = False
     for row in replays.replay(path):

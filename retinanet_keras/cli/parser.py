@@ -1,7 +1,11 @@
-"""The command lines: `retinanet-keras VERB`, `python -m retinanet_keras VERB`, `train.py`, `evaluate.py`."""
+"""Command lines: `retinanet-keras VERB`, `python -m retinanet_keras VERB`, `train.py`, `evaluate.py`."""
+
+from __future__ import annotations
 
 import argparse
 import zipfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from retinanet_keras import config, config_schema, errors, runtime
@@ -10,71 +14,79 @@ from retinanet_keras.experiments import tables
 from retinanet_keras.storage import disk, strict_json
 
 
-def main(arguments=None):
-    """Run one of all commands. `arguments`: list of str; None: those of the process."""
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Parse the arguments, those of the process unless given, and run a command; its exit status."""
     parser = argparse.ArgumentParser(prog="retinanet-keras", description="RetinaNet: train, evaluate, detect, export.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    add_train(verbs.add_parser("train", help="train a RetinaNet, or go on with a run"))
+    add_train(verbs.add_parser("train", help="train a RetinaNet, or resume a run"))
     add_evaluate(verbs.add_parser("evaluate", help="COCO metrics of a run, weights, an export or a results file"))
 
     verb = verbs.add_parser("export", help="write a model as a SavedModel for TF Serving")
     model = verb.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="folder of the run")
     model.add_argument("--weights", help="a .keras file")
-    verb.add_argument("--to", help="base path; a numbered folder is made in it")
-    verb.add_argument("--onnx", metavar="FILE", help="write an ONNX file, too, or, without --to, only that")
-    verb.add_argument("--precision", choices=("float32", "bfloat16"), help="of convolutions (default: the model's own)")
+    verb.add_argument("--to", help="base path; a numbered folder is created in it")
+    verb.add_argument("--onnx", metavar="FILE", help="ONNX file to write, too; without --to, only this")
+    verb.add_argument(
+        "--precision", choices=("float32", "bfloat16"), help="precision of convolutions (default: the model's)"
+    )
     verb.set_defaults(call=export, error=verb.error)
 
-    verb = verbs.add_parser("detect", help="find objects in image files and folders")
+    verb = verbs.add_parser("detect", help="detect objects in image files and folders")
     verb.add_argument("--model", required=True, help="folder of a run or of an export, or a .keras file")
     verb.add_argument("images", nargs="+", help="image files and folders")
     verb.add_argument("--to", required=True, help="folder for the pictures")
     verb.add_argument("--min-score", type=float, default=0.3, help="of the detections shown (default 0.3)")
     verb.set_defaults(call=detect)
 
-    verb = verbs.add_parser("client", help="find objects in image files by asking a TF Serving server")
+    verb = verbs.add_parser("client", help="detect objects in image files with a TF Serving server")
     verb.add_argument("images", nargs="+", help="image files and folders")
     verb.add_argument("--server", required=True, help="grpc://HOST:8500 or http://HOST:8501")
-    verb.add_argument("--model", required=True, help="its name on the server")
-    verb.add_argument("--version", type=int, help="of the model (default: the server's choice, the newest)")
+    verb.add_argument("--model", required=True, help="name of the model on the server")
+    verb.add_argument("--version", type=int, help="version of the model (default: the server's choice, the newest)")
     verb.add_argument(
         "--signature", choices=("bytes", "images"), default="bytes", help="send files (default) or pixels"
     )
-    verb.add_argument("--batch", type=int, default=1, help="images in a request (default 1)")
+    verb.add_argument("--batch", type=int, default=1, help="images per request (default 1)")
     verb.add_argument("--to", required=True, help="folder for the pictures and detections.json")
-    verb.add_argument("--repeat", type=int, default=0, help="send all again so many times and tell the latency")
-    verb.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer (default 60)")
+    verb.add_argument(
+        "--repeat", type=int, default=0, help="send all images this many more times and report the latency"
+    )
+    verb.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a response (default 60)")
     verb.add_argument("--min-score", type=float, default=0.3, help="of the detections shown (default 0.3)")
     verb.set_defaults(call=client)
 
-    verb = verbs.add_parser("inspect", help="look for faults in a dataset before training on it")
+    verb = verbs.add_parser("inspect", help="check a dataset for errors before training on it")
     verb.add_argument("--config", required=True, help="JSON file")
     verb.add_argument("--to", required=True, help="folder for the report and pictures")
     add_settings(verb, "such as data.dir=my_data")
     verb.set_defaults(call=inspect)
 
-    verb = verbs.add_parser("convert", help="turn weights of Detectron, Detectron2 or torchvision into a Keras file")
-    verb.add_argument("file", help="the .pkl, .pth or .npz")
-    verb.add_argument("out", help="a .keras file to write; for a backbone alone a .weights.h5 file")
+    verb = verbs.add_parser("convert", help="convert weights of Detectron, Detectron2 or torchvision to a Keras file")
+    verb.add_argument("file", help="the .pkl, .pth or .npz file")
+    verb.add_argument("out", help="the .keras file to write; a .weights.h5 file for a backbone alone")
     verb.set_defaults(call=convert)
 
-    verb = verbs.add_parser("replay", help="compute a training step that was not finite again, image by image")
-    verb.add_argument("file", help="the .npz that training wrote")
+    verb = verbs.add_parser("replay", help="replay a training step that was not finite, image by image")
+    verb.add_argument("file", help="the .npz file written by training")
     verb.set_defaults(call=replay)
 
-    add_figures(verbs.add_parser("figure", help="a figure of the paper, as a picture and its numbers"))
+    add_figures(verbs.add_parser("figure", help="reproduce a figure of the paper, as a picture and its numbers"))
 
     verb = verbs.add_parser("config", help="list every setting, its default, and the default's source")
     verb.set_defaults(call=list_settings)
 
-    verb = verbs.add_parser("experiments", help="train the rows of one of the paper's tables, and set them beside it")
-    verb.add_argument("name", choices=tables.NAMES, help="of the table; text: what the paper says outside of tables")
+    verb = verbs.add_parser("experiments", help="train the rows of a table of the paper, and compare the results")
+    verb.add_argument("name", choices=tables.NAMES, help="name of the table; text: results given in the running text")
     verb.add_argument("--scale", choices=tables.SCALES, default="small", help="default: small, for two CPU cores")
-    verb.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows or groups of rows")
-    verb.add_argument("--seeds", type=int, default=1, help="trainings of each row (default 1)")
-    verb.add_argument("--dry-run", action="store_true", help="one line for each row, and nothing else")
-    verb.add_argument("--time", action="store_true", help="1e: time the ten models of the paper here; no training")
+    verb.add_argument("--only", nargs="+", default=[], metavar="ROW", help="train only these rows or groups of rows")
+    verb.add_argument("--seeds", type=int, default=1, help="runs per row (default 1)")
+    verb.add_argument("--dry-run", action="store_true", help="only print one line for each row")
+    verb.add_argument(
+        "--time",
+        action="store_true",
+        help="with 1e: time the ten models of the paper on this machine, without training",
+    )
     verb.add_argument("--to", help="folder; default: runs/experiments/ and the scale")
     add_settings(verb, "for all rows, such as data.dir=coco")
     verb.set_defaults(call=experiments)
@@ -83,36 +95,38 @@ def main(arguments=None):
     return args.call(args)
 
 
-def run():
-    """The console script."""
+def run() -> None:
+    """Entry point of the console script."""
     process.run_command(main)
 
 
-def run_train():
-    """`train.py`."""
-    process.run_command(lambda: _only(add_train, "Train a RetinaNet; run again after a kill, it goes on."))
+def run_train() -> None:
+    """Entry point of `train.py`."""
+    process.run_command(lambda: _only(add_train, "Train a RetinaNet; run it again to resume a run."))
 
 
-def run_evaluate():
-    """`evaluate.py`."""
+def run_evaluate() -> None:
+    """Entry point of `evaluate.py`."""
     process.run_command(lambda: _only(add_evaluate, "Evaluate a run, weights, an export or a results file."))
 
 
-def _only(add, description):
+def _only(add: Callable[[ArgumentParser], None], description: str) -> int | None:
     parser = argparse.ArgumentParser(description=description)
     add(parser)
     args = parser.parse_args()
     return args.call(args)
 
 
-def add_train(parser):
-    parser.add_argument("--config", required=True, help="JSON file of what differs from the paper's settings")
+def add_train(parser: ArgumentParser) -> None:
+    """Add the arguments of `train`."""
+    parser.add_argument("--config", required=True, help="JSON file with differences from the paper's settings")
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the configuration's name")
     add_settings(parser, "such as train.batch_size=4")
     parser.set_defaults(call=train)
 
 
-def add_evaluate(parser):
+def add_evaluate(parser: ArgumentParser) -> None:
+    """Add the arguments of `evaluate`."""
     parser.add_argument("--config", default="configs/r101_800.json", help="default: configs/r101_800.json")
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the configuration's name")
     parser.add_argument("--split", help="default: the configuration's test split")
@@ -124,42 +138,45 @@ def add_evaluate(parser):
     parser.set_defaults(call=evaluate)
 
 
-def add_settings(parser, example):
+def add_settings(parser: ArgumentParser, example: str) -> None:
+    """Add `--set`, for overrides of settings; `example` is its help."""
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help=example)
 
 
-def add_figures(verb):
+def add_figures(verb: ArgumentParser) -> None:
+    """Add the arguments of `figure`, a subcommand for each figure."""
     numbers = verb.add_subparsers(required=True, metavar="N", dest="number")
 
-    def add(number, help):
+    def add(number: int, help: str) -> ArgumentParser:
         parser = numbers.add_parser(str(number), help=help)
         parser.add_argument("--to", default="figures", help="folder to write to (default figures)")
         parser.set_defaults(call=figure)
         return parser
 
-    def add_config(parser, default):
+    def add_config(parser: ArgumentParser, default: str) -> None:
         parser.add_argument("--config", default=default, help=f"JSON file (default {default})")
         add_settings(parser, "such as anchors.size=2")
 
     add(1, "focal loss against p_t")
-    one = add(2, "time of an image against AP")
-    one.add_argument("--runs", help="folder of evaluated runs, or of `experiments 1e`, to draw beside the paper's")
+    one = add(2, "time per image against AP")
+    one.add_argument("--runs", help="folder of evaluated runs, or of `experiments 1e`, to draw next to the paper's")
     one = add(3, "the network, drawn from the model")
     add_config(one, "configs/r50_600.json")
-    one.add_argument("--classes", type=int, default=80, help="K (default 80)")
+    one.add_argument("--classes", type=int, default=80, help="number of object classes (default 80)")
     one = add(4, "cumulative distribution of the loss of a trained run")
     one.add_argument("--run", required=True, help="folder of the run")
-    one.add_argument("--split", help="default: the one it was trained on")
+    one.add_argument("--split", help="default: the training split")
     one.add_argument("--images", type=int, help="default: until there are 10^7 negatives and 10^5 positives")
     add_settings(one, "such as data.dir=D")
     add(5, "FL, FL* and CE against x_t")
     add(6, "their derivatives")
     one = add(7, "which settings of FL* work, from a folder of runs")
-    one.add_argument("--runs", required=True, help="folder of the runs; those that are missing are listed")
+    one.add_argument("--runs", required=True, help="folder of the runs; commands for missing ones are printed")
     add_config(one, "configs/shapes.json")
 
 
-def train(args):
+def train(args: Namespace) -> None:
+    """Run `train`."""
     loaded = config.load_config(args.config, args.set)
     process.import_tensorflow(runtime.work_of(loaded.model.backbone, loaded.model.width))
     from retinanet_keras.training import run
@@ -167,14 +184,16 @@ def train(args):
     run.train(loaded, args.workdir or Path("runs") / Path(args.config).stem)
 
 
-def evaluate(args):
+def evaluate(args: Namespace) -> None:
+    """Run `evaluate`."""
     process.import_tensorflow()
     from retinanet_keras.cli.evaluate import evaluate
 
     evaluate(args.config, args.workdir, args.split, args.set, args.weights, args.export, args.results)
 
 
-def export(args):
+def export(args: Namespace) -> int:
+    """Run `export`."""
     if not (args.to or args.onnx):
         args.error("expected --to, --onnx, or both")
     process.import_tensorflow()
@@ -183,21 +202,24 @@ def export(args):
     return commands.export(args.to, args.workdir, args.weights, args.precision, args.onnx)
 
 
-def detect(args):
+def detect(args: Namespace) -> int:
+    """Run `detect`."""
     process.import_tensorflow()
     from retinanet_keras.cli import commands
 
     return commands.detect(args.model, args.images, args.to, args.min_score)
 
 
-def client(args):
+def client(args: Namespace) -> int:
+    """Run `client`."""
     from retinanet_keras.serving import client  # without TensorFlow
 
     options = {key: value for key, value in vars(args).items() if key != "call"}
     return client.run(**options)
 
 
-def inspect(args):
+def inspect(args: Namespace) -> int:
+    """Run `inspect`."""
     loaded = config.load_config(args.config, args.set)
     disk.check_folder(args.to, "--to")
     process.import_tensorflow()
@@ -206,15 +228,16 @@ def inspect(args):
     return int(bool(inspection.inspect(loaded, args.to)["errors"]))
 
 
-def convert(args):
+def convert(args: Namespace) -> None:
+    """Run `convert`."""
     process.import_tensorflow()
     from retinanet_keras import checkpoints
 
     print(checkpoints.convert(args.file, args.out))
 
 
-def work_of_step(file):
-    """The kind of work that a failed step was, so that it is computed with the same kernels."""
+def work_of_step(file: str | Path) -> str:
+    """Return the kind of work of a failed step, so that it is replayed with the same kernels."""
     import numpy as np
 
     try:
@@ -222,21 +245,23 @@ def work_of_step(file):
             model = strict_json.parse(str(arrays["about"]))["config"]["model"]
         return runtime.work_of(model["backbone"], model["width"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return runtime.OTHER  # reading it again says what is wrong with it
+        return runtime.OTHER  # `replay` reads it again and reports what is wrong
 
 
-def replay(args):
+def replay(args: Namespace) -> int:
+    """Run `replay`."""
     process.import_tensorflow(work_of_step(args.file))
     from retinanet_keras.cli import commands
 
     return commands.replay(args.file)
 
 
-def experiments(args):
+def experiments(args: Namespace) -> None:
+    """Run `experiments`."""
     if args.seeds < 1:
-        raise errors.ConfigError(f"--seeds: expected a number of 1 or more, got {args.seeds}")
+        raise errors.ConfigError(f"--seeds: expected at least 1, got {args.seeds}")
     if args.time and args.name != "1e":
-        raise errors.ConfigError(f"--time: expected table 1e with it, got {args.name}")
+        raise errors.ConfigError(f"--time: expected table 1e, got {args.name}")
     to = Path(args.to or f"runs/experiments/{args.scale}")
     disk.check_folder(to, "--to")
     from retinanet_keras.experiments import results_page, runner, timing
@@ -251,7 +276,8 @@ def experiments(args):
         runner.run_table(args.name, args.scale, to, only=args.only, seeds=args.seeds, overrides=args.set)
 
 
-def figure(args):
+def figure(args: Namespace) -> None:
+    """Run `figure`."""
     disk.check_folder(args.to, "--to")
     process.import_tensorflow()
     from retinanet_keras.experiments.figures import architecture, distribution, loss_curves, speed, star
@@ -268,6 +294,7 @@ def figure(args):
         {"1": loss_curves.figure1, "5": loss_curves.figure5, "6": loss_curves.figure6}[args.number](args.to)
 
 
-def list_settings(args):
+def list_settings(args: Namespace) -> None:
+    """Run `config`."""
     for key, default, doc, source in config_schema.describe(config.Config):
         print(f"{key} = {default}\n    {doc} [{source}]")

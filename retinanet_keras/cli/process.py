@@ -1,51 +1,54 @@
-"""Shared by the command lines: errors that a user can fix are printed in one line, without a traceback."""
+"""Run a command: import TensorFlow quietly, and print errors that a user can fix without a traceback."""
+
+from __future__ import annotations
 
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from retinanet_keras import runtime
 from retinanet_keras.errors import Interrupted, UserError
 from retinanet_keras.storage.printable import printable
 
-# A full or read-only disk, in the words that Python's, TensorFlow's and HDF5's errors share.
+# A full or read-only disk, in the words shared by errors of Python, TensorFlow and HDF5
 REFUSALS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
-LAYOUT = "\n\t"  # control characters of messages themselves
+LAYOUT = "\n\t"  # control characters that messages use
 
 
 class _Formatter(logging.Formatter):
-    """Messages may name files and classes, in which there may be what a terminal obeys."""
+    """Escape control characters, which names of files and classes in a message may contain."""
 
-    def format(self, record):
+    def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep=LAYOUT)
 
 
-def import_tensorflow(work=runtime.OTHER):
-    """Import TensorFlow, set up for some work, without its start-up notes, most of which no setting silences.
+def import_tensorflow(work: str = runtime.OTHER) -> None:
+    """Import TensorFlow, set up for a kind of work, without its start-up messages.
 
-    It takes seconds, so commands call this once their arguments have been read and checked.
+    No setting silences most of these. The import takes seconds, so commands call this once their arguments are checked.
 
     Args:
-        work: see `runtime.set_up`.
+        work: str. See `runtime.set_up`.
     """
     runtime.set_up(work)
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         import tensorflow  # noqa: F401
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
-def run_command(main):
-    """Run a command and exit with its status: 2 after a UserError; anything unforeseen keeps its traceback."""
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command and exit with its status: 2 after a UserError; unexpected errors keep their traceback."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    for stream in (sys.stdout, sys.stderr):  # a name may have letters that the terminal has not
+    for stream in (sys.stdout, sys.stderr):  # names may have characters that the terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -65,5 +68,9 @@ def run_command(main):
         if refusal is None:
             raise
         first = printable(str(error).strip().split("\n")[0])
-        print(f"error: the disk refuses: {first}. Files written before are as they were", file=sys.stderr)
+        print(
+            f"error: writing to the disk failed: {first}. Files written before are unchanged. Free some space or "
+            "change the permissions",
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -1,4 +1,6 @@
-"""What happens between steps: counting, logs, checkpoints, and stopping where asked."""
+"""Callbacks of training: step count, log, checkpoints, and a clean stop on a signal."""
+
+from __future__ import annotations
 
 import collections
 import contextlib
@@ -8,27 +10,39 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import keras
+import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 from tqdm import tqdm
 
+from retinanet_keras.config import Config
 from retinanet_keras.errors import Interrupted, RunError
+from retinanet_keras.training.resume import Checkpoints
+from retinanet_keras.training.run_folder import RunFolder
 
-LEAST_SCALE = 2.0**-10  # of a float16 loss; one that fell so far belongs to gradients that are not finite at any scale
+LEAST_SCALE = 2.0**-10  # of a float16 loss; where it falls this low, gradients are not finite at any scale
 
 
 class Count(keras.callbacks.Callback):
-    """Tells the checkpoints of each step, and starts the metrics anew after each row of the log; listed first.
+    """Count steps, and reset the metrics after each row of the log; listed first.
 
-    All workers do, as resetting metrics takes all of them. A float16 step that the optimizer skips counts, too.
+    Every worker needs it, as resetting metrics involves all of them. A float16 step that the optimizer skips counts.
+
+    Args:
+        checkpoints: Checkpoints. Its `step` is incremented.
+        every: int. Steps averaged in one row of the log.
     """
 
-    def __init__(self, checkpoints, every):
+    def __init__(self, checkpoints: Checkpoints, every: int):
         super().__init__()
         self.checkpoints, self.every = checkpoints, every
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self.checkpoints.step += 1
         if self.checkpoints.step % self.every == 0:
             self.model.reset_metrics()
@@ -37,48 +51,59 @@ class Count(keras.callbacks.Callback):
             return
         if optimizer.dynamic_scale.numpy() < LEAST_SCALE:
             raise RunError(
-                f"At step {self.checkpoints.step} gradients overflow float16 whatever the scale of the loss. The last "
+                f"At step {self.checkpoints.step} gradients overflow float16 at any scale of the loss. The last "
                 f'checkpoint is {self.checkpoints.newest or "none"}. Use train.precision "mixed_bfloat16", or lower '
                 "train.learning_rate"
             )
 
 
 class Log(keras.callbacks.Callback):
-    """The progress bar, log.csv and TensorBoard; each row averages the steps since the one before, or since an
-    evaluation or a start in between.
+    """Write the progress bar, log.csv and TensorBoard.
 
-    The share of time in which a step waited for its images is that from asking for them to the moment the input
-    pipeline had them ready, if that came later. The time left that the bar shows is estimated from steps alone: what
-    comes before the first step is over, tracing included, does not count, nor does an evaluation.
+    Each row averages the steps since the previous row, or since an evaluation or a start in between. `data_wait` is
+    the fraction of time that steps waited for their images: from the request to the moment the input pipeline had them
+    ready, if that came later. The remaining time in the bar is estimated from steps alone: tracing, everything else
+    before the end of the first step, and evaluations do not count.
+
+    Args:
+        folder: RunFolder. Where the log is written.
+        config: Config. Settings of the run.
+        checkpoints: Checkpoints. Their `step` is the one logged.
+        replicas: int. Replicas of this process.
     """
 
-    def __init__(self, folder, config, checkpoints, replicas=1):
+    def __init__(self, folder: RunFolder, config: Config, checkpoints: Checkpoints, replicas: int = 1):
         super().__init__()
         self.folder, self.every, self.batch_size = folder, config.train.log_every, config.train.batch_size
         self.checkpoints, self.replicas, self.total = checkpoints, replicas, config.train.iterations
         self.bar = tqdm(
-            total=self.total, initial=checkpoints.step, desc="Training", unit="step", dynamic_ncols=True,
+            total=self.total,
+            initial=checkpoints.step,
+            desc="Training",
+            unit="step",
+            dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]",
-        )  # fmt: skip
+        )
         self.writer = tf.summary.create_file_writer(str(folder.tensorboard))
-        self.produced = collections.deque()  # when each element of the input pipeline was ready; one a replica and step
+        # When each element of the input pipeline was ready; one per replica and step
+        self.produced: collections.deque[float] = collections.deque()
         self.stopped = time.perf_counter()
         self._restart()
 
-    def new_pipeline(self):
-        """A function that the input pipeline of the next steps calls whenever an element is ready."""
+    def new_pipeline(self) -> Callable[[], None]:
+        """Return a function for the input pipeline of the next steps to call whenever an element is ready."""
         produced = self.produced = collections.deque()
         return lambda: produced.append(time.perf_counter())
 
-    def on_train_begin(self, logs=None):
-        self.tracing = True  # the first step has other reasons to take long
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self.tracing = True  # the first step takes longer, for other reasons
         self._restart()  # an evaluation came in between
 
-    def on_train_batch_begin(self, batch, logs=None):
-        self.asked = time.perf_counter()
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self.requested = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         step = self.checkpoints.step
         now = time.perf_counter()
         ready = [self.produced.popleft() for _ in range(min(self.replicas, len(self.produced)))]
@@ -87,9 +112,9 @@ class Log(keras.callbacks.Callback):
             self.bar.last_print_t += now - self.stopped
             self.tracing = False
         else:
-            self.waited += max(0.0, max(ready, default=0.0) - self.asked)
+            self.waited += max(0.0, max(ready, default=0.0) - self.requested)
         norm = float(logs["gradient_norm"])
-        self.norms += norm if math.isfinite(norm) else 0.0  # of a skipped float16 step it is not
+        self.norms += norm if math.isfinite(norm) else 0.0  # it is not in a skipped float16 step
         row = {name: float(logs[name]) for name in ("loss", "classification_loss", "box_loss", "positives")}
         row["learning_rate"] = float(self.model.optimizer.learning_rate)
         row["gradient_norm"] = self.norms / (step - self.start)
@@ -106,11 +131,11 @@ class Log(keras.callbacks.Callback):
             self.write({"step": step, **row})
             self._restart()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self.stopped = time.perf_counter()
 
-    def write(self, row):
-        """One row to log.csv and TensorBoard."""
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one row to log.csv and TensorBoard."""
         self.folder.log(row)
         with self.writer.as_default(step=row["step"]):
             for name, value in row.items():
@@ -118,60 +143,73 @@ class Log(keras.callbacks.Callback):
                     tf.summary.scalar(name, value)
         self.writer.flush()
 
-    def picture(self, name, image, step):
-        """An image, uint8 [H, W, 3], to TensorBoard."""
+    def picture(self, name: str, image: npt.NDArray[np.uint8], step: int) -> None:
+        """Write an image, uint8 [H, W, 3], to TensorBoard."""
         with self.writer.as_default(step=step):
             tf.summary.image(name, image[None])
         self.writer.flush()
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()
         self.writer.close()
 
-    def _restart(self):
+    def _restart(self) -> None:
         self.start, self.since, self.norms, self.waited = self.checkpoints.step, time.perf_counter(), 0.0, 0.0
 
 
 class Save(keras.callbacks.Callback):
-    """A checkpoint every so many steps, and one before leaving where a signal asks to; listed last."""
+    """Save a checkpoint every so many steps, and one before a signal ends the run; listed last.
 
-    def __init__(self, checkpoints, every, signals):
+    Args:
+        checkpoints: Checkpoints. Where to save.
+        every: int. Steps between checkpoints.
+        signals: Signals. Those of this process.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every: int, signals: Signals):
         super().__init__()
         self.checkpoints, self.every, self.signals = checkpoints, every, signals
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self.signals.received or self.checkpoints.step % self.every == 0:
             self.checkpoints.save()
         self.leave_if_asked()
 
-    def leave_if_asked(self):
-        """To be called where the newest step is saved."""
+    def leave_if_asked(self) -> None:
+        """End the run if a signal was received. To be called where the newest step is saved."""
         if self.signals.received:
             raise Interrupted(
                 self.signals.received,
-                f"saved at step {self.checkpoints.step}. Run the same command again: training goes on from there",
+                f"saved at step {self.checkpoints.step}. Run the same command again to resume from there",
             )
 
 
 class Signals:
-    """SIGINT (Ctrl-C) and SIGTERM (a scheduler's): steps end first, anything else, and the second signal, at once.
+    """A context in which SIGINT (Ctrl-C) and SIGTERM (from a scheduler) end the process cleanly.
 
-    A context, in which `steps` is one for what ends first; `received` is the signal's number then. Python runs its
-    handlers between two of its own instructions, and a read that hangs in TensorFlow never comes back to those: so a
-    thread listens, too, and ends the process where GRACE seconds after the second signal it has not ended by itself.
+    Within `steps`, the first signal lets the current step end and sets `received`. Anywhere else, and for the second
+    signal, the process ends at once. Python runs signal handlers between two of its own instructions, which a read
+    that hangs in TensorFlow never returns to. So a thread listens, too, and ends the process if it has not ended by
+    itself GRACE seconds after the second signal.
 
     Attributes:
-        saved: a function, replaced by whoever knows better, that says what is saved and what to do, as a sentence.
+        received: int or None. Number of the signal received within `steps`.
+        saved: function without arguments that returns, as a sentence, what is saved and what to do. To be replaced
+            where more is known.
     """
 
     GRACE = 3.0
 
-    def __init__(self):
-        self.received, self.in_steps, self.before = None, False, {}
-        self.saved = lambda: "what was written before is whole. Run the same command again: it goes on"
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.in_steps = False
+        self.before: dict[int, Any] = {}  # signal number -> handler
+        self.saved: Callable[[], str] = lambda: (
+            "files already written are complete. Run the same command again to continue"
+        )
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python allows no others
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             listened, self._told = os.pipe()
             os.set_blocking(self._told, False)
             self._over = threading.Event()
@@ -180,7 +218,7 @@ class Signals:
             self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.before:
@@ -189,20 +227,21 @@ class Signals:
             os.close(self._told)
 
     @contextlib.contextmanager
-    def steps(self):
+    def steps(self) -> Iterator[None]:
+        """A context for steps, which end before the process does."""
         self.in_steps = True
         try:
             yield
         finally:
             self.in_steps = False
 
-    def _handle(self, number, _):
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received or not self.in_steps:
             raise Interrupted(number, self.saved())
         self.received = number
 
-    def _listen(self, listened):
-        """Read the numbers of signals, which Python's own part in C writes whatever the main thread does."""
+    def _listen(self, listened: int) -> None:
+        """Read the numbers of signals, which Python's C code writes to a pipe whatever the main thread does."""
         seen = 0
         while read := os.read(listened, 64):
             numbers = [number for number in read if number in (signal.SIGINT, signal.SIGTERM)]

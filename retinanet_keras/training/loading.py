@@ -1,9 +1,12 @@
-"""Trained models from the files they lie in."""
+"""Load trained models from files."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
 import keras
 
+from retinanet_keras.config import Config
 from retinanet_keras.data import dataset_formats
 from retinanet_keras.errors import DataError, UserError
 from retinanet_keras.model import RetinaNet
@@ -12,8 +15,13 @@ from retinanet_keras.training.build import build_model, load_weights
 from retinanet_keras.weights import keras_files
 
 
-def of_file(path, option):
-    """A RetinaNet with categories from a .keras file. `option`: the argument that named it."""
+def of_file(path: str | Path, option: str) -> RetinaNet:
+    """Load a RetinaNet with categories from a .keras file.
+
+    Args:
+        path: str or Path. The file.
+        option: str. The argument that named it, for error messages.
+    """
     if not Path(path).is_file():
         raise DataError(f"{option}: there is no file {path}")
     try:
@@ -21,16 +29,23 @@ def of_file(path, option):
         model = keras.models.load_model(path)
     except UserError as error:
         raise DataError(f"{option}: {error}") from error
-    except (KeyError, OSError, TypeError, ValueError) as error:  # of Keras, for a configuration that it cannot build
+    except (KeyError, OSError, TypeError, ValueError) as error:  # from Keras, for a configuration that it cannot build
         first = str(error).strip().split("\n")[0]
-        raise DataError(f"{option}: {path} is no model that Keras can load ({first})") from None
+        raise DataError(f"{option}: {path} is not a model that Keras can load ({first})") from None
     if not isinstance(model, RetinaNet) or not model.categories:
-        raise DataError(f"{option}: {path} is no RetinaNet with categories, but {type(model).__name__}")
+        raise DataError(f"{option}: {path} is not a RetinaNet with categories, but {type(model).__name__}")
     return model
 
 
-def of_weights(path, config, split, option):
-    """The RetinaNet of a configuration, with a split's categories, and the weights of a .weights.h5 file."""
+def of_weights(path: str | Path, config: Config, split: str, option: str) -> RetinaNet:
+    """Build the RetinaNet of a configuration with the categories of a split, and load a .weights.h5 file.
+
+    Args:
+        path: str or Path. The file.
+        config: Config. Settings of the model and of the dataset.
+        split: str. Name of the split.
+        option: str. The argument that named the file, for error messages.
+    """
     if not Path(path).is_file():
         raise DataError(f"{option}: there is no file {path}")
     model = build_model(config, dataset_formats.open_split(config.data, split).categories)
@@ -42,12 +57,12 @@ def of_weights(path, config, split, option):
     return model
 
 
-def saved_model(path):
-    """The path of the SavedModel of an export folder."""
-    found = find(path)
-    if not found:
+def saved_model(path: str | Path) -> Path:
+    """Return the path of the SavedModel in an export folder."""
+    version = find(path)
+    if not version:
         raise DataError(
-            f"{path} is neither a run's folder (no config.json) nor an export (no saved_model.pb in it, nor in a "
+            f"{path} is neither a run's folder (no config.json) nor an export (no saved_model.pb in it or in a "
             "numbered subfolder)"
         )
-    return found
+    return version

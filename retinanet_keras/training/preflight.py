@@ -1,18 +1,22 @@
-"""What the end of a run needs, checked before its first step."""
+"""Check, before the first step, what the end of a run needs."""
+
+from __future__ import annotations
 
 import importlib.util
 import os
 
+from retinanet_keras.config import Config
 from retinanet_keras.errors import RunError
 from retinanet_keras.evaluation import artifacts
+from retinanet_keras.training.run_folder import RunFolder
 
 
-def check(config, folder, split):
-    """A RunError where evaluation or export would fail at the end of the run.
+def check(config: Config, folder: RunFolder, split: str) -> None:
+    """Raise a RunError where evaluation or export would fail at the end of the run.
 
     Args:
-        config: a Config.
-        folder: a RunFolder.
+        config: Config. Settings of the run.
+        folder: RunFolder. Folder of the run.
         split: str. Name of the split evaluated at the end.
     """
     artifacts.check(folder.evaluation(split))
