@@ -145,7 +145,12 @@ class RetinaNet(keras.Model):
             "norm_epsilon": norm_epsilon, "p6_source": p6_source, "head_norm": head_norm,
             "pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std, "categories": categories,
         }  # fmt: skip
-        head = {"per_cell": anchors.per_cell, "channels": fpn_channels, "depth": head_depth, "norm": head_norm}
+        head: dict[str, Any] = {
+            "per_cell": anchors.per_cell,
+            "channels": fpn_channels,
+            "depth": head_depth,
+            "norm": head_norm,
+        }
         with _dtype_policy(self.dtype_policy):
             if anchors.levels == "last":
                 self.pyramid = LastLayer(fpn_channels, name="pyramid")

@@ -19,7 +19,7 @@ OUTPUTS = ("boxes", "scores", "labels", "category_ids", "num_detections")
 
 
 def write(
-    detect: Callable[[Any], dict[str, Any]], categories: list[dict[str, Any]], path: str | os.PathLike[str]
+    detect: Callable[[Any], dict[str, Any]], categories: list[dict[str, Any]] | None, path: str | os.PathLike[str]
 ) -> Path:
     """Write an ONNX model for any batch size, height and width.
 

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -25,6 +25,7 @@ from retinanet_keras.dataset_check import inspection
 from retinanet_keras.evaluation import artifacts, coco_metrics, detect
 from retinanet_keras.evaluation.callback import CocoMetrics
 from retinanet_keras.evaluation.identity import identity
+from retinanet_keras.evaluation.results import Records
 from retinanet_keras.model import RetinaNet
 from retinanet_keras.serving.export import export_model
 from retinanet_keras.storage import disk
@@ -155,7 +156,8 @@ def _validate(run: Run, log: callbacks.Log, validation: CocoMetrics, step: int) 
         if config.eval.keep == "best":
             best.keep(run.folder, run.model, step, metrics["AP"])
     log.write({"step": step, "AP": metrics["AP"], "AP50": metrics["AP50"]})  # last: marks the evaluation as complete
-    drawn = artifacts.comparisons(validation.data, validation.records, min(4, config.eval.pictures))
+    records = cast(Records, validation.records)  # those of the evaluation above
+    drawn = artifacts.comparisons(run.splits.val, records, min(4, config.eval.pictures))
     pictures = [picture for _, picture in drawn]
     if pictures:
         log.picture("detections", draw.grid(pictures, columns=2), step)
