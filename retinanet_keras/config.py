@@ -423,8 +423,8 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
         raise ConfigError(f"version: expected a whole number from 1 to {VERSION}, got {config_schema.show(version)}")
     if version > VERSION:
         raise ConfigError(
-            f"version: this configuration has version {config_schema.show(version)}; this release reads up to {VERSION}. "
-            "Upgrade retinanet_keras, or train with the release that wrote it."
+            f"version: this configuration has version {config_schema.show(version)}; this release reads up to "
+            f"{VERSION}. Upgrade retinanet_keras, or train with the release that wrote it."
         )
     config = config_schema.build(Config, tree)
     _check_together(config)
