@@ -34,7 +34,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_TRAINING, OTHER = "large training", "other"  # kinds of work to choose kernels for
 
 logger = logging.getLogger("retinanet_keras")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def set_up(work: str | None = None) -> None:
@@ -76,8 +76,8 @@ def tell_if_slow(work: str) -> None:
     chosen_by_user = KERNELS in os.environ and KERNELS not in _chosen()
     if preferred in (None, os.environ.get(KERNELS, "0")) or chosen_by_user or os.environ.get(SWITCH) == "off":
         return
-    if work not in _told:
-        _told.add(work)
+    if work not in _warned:
+        _warned.add(work)
         logger.warning(
             "On this processor this network trains faster with the environment variable %s=%s, which has to be set "
             "before TensorFlow is imported, and TensorFlow is imported already. train.py sets it by itself",

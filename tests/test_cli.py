@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 def run(lines, encoding="utf-8"):
     """(status, output, errors), bytes, of a command whose body is `lines`."""
     body = "".join(f"    {line}\n" for line in lines)
-    code = "import logging\nfrom retinanet_keras import errors\nfrom retinanet_keras.cli import process\n"
-    code += f"def main():\n{body}process.run_command(main)"
+    imports = "import logging\nfrom retinanet_keras import errors\nfrom retinanet_keras.cli import process\n"
+    code = f"{imports}def main():\n{body}process.run_command(main)"
     environment = {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     return done.returncode, done.stdout, done.stderr

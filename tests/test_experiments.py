@@ -281,7 +281,7 @@ def test_a_dry_run_tells_what_differs_and_what_the_paper_got():
 
 
 @pytest.mark.parametrize("given, answer", [
-    (["1a", "--only", "alpha_.7"], "no row alpha_.7 at small scale. It has alpha_.10, .*alpha_.75"),
+    (["1a", "--only", "alpha_.7"], "no row alpha_.7 at small scale. Choose from alpha_.10, .*alpha_.75"),
     (["text", "--scale", "paper", "--only", "pi_.5"], "no row pi_.5 at paper scale.*groups initialization, pi, focal"),
     (["1a", "--seeds", "0"], "--seeds"),
     (["1a", "--time"], "table 1e"),
@@ -351,7 +351,7 @@ def test_a_row_that_diverges_is_a_result(tmp_path, capsys):
 @pytest.mark.slow
 def test_other_failures_are_no_result(tmp_path):
     (tmp_path / "data").write_text("in the way")
-    with pytest.raises(UserError, match="3 ce, seed 0.* status 2 and said: error: .*is a file.*it goes on"):
+    with pytest.raises(UserError, match="3 ce, seed 0.* status 2 and said: error: .*is a file.*resume from there"):
         runner.run_table("3", "small", tmp_path, only=["ce"], overrides=TINY)
     assert not (tmp_path / "3/ce/0/result.json").exists()
 
@@ -377,7 +377,7 @@ def test_a_damaged_result_is_set_aside_and_the_row_finished_again(tmp_path, monk
     assert (folder / "result.json.damaged").read_bytes() == content
     (folder / "result.json").write_bytes(content)
     put(tmp_path, "fl", 0, metrics(0.3))
-    assert list(measurements.results(tmp_path)) == ["fl"] and "the table lacks it" in caplog.text
+    assert list(measurements.results(tmp_path)) == ["fl"] and "the table does not include it" in caplog.text
 
 
 def test_a_row_that_another_process_trains_is_waited_for(tmp_path, capsys):
@@ -466,7 +466,7 @@ def test_the_text_has_the_papers_words_and_the_other_methods_of_table_2_their_nu
     (tmp_path / "2/retinanet_r101/config.json").write_text('{"train": {"iterations": 4}}')
     text = results_page.write(tmp_path / "2", "2", "small")
     (line,) = re.findall(r"^yolov2 .*$", text, re.M)
-    assert "another's: YOLOv2" in line and "not run" not in line and "21.6" in line
+    assert "not trained here: YOLOv2" in line and "not run" not in line and "21.6" in line
     assert "each row: 4 iterations of 16 images" in text  # which says what its numbers are worth
 
 

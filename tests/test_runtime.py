@@ -24,7 +24,7 @@ def environment(monkeypatch):
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(runtime, "cpu_limit", lambda: None)
     monkeypatch.setattr(runtime, "cpu_flags", lambda: {"avx2", "fma"})
-    monkeypatch.setattr(runtime, "_told", set())
+    monkeypatch.setattr(runtime, "_warned", set())
     return monkeypatch
 
 
@@ -116,7 +116,7 @@ def test_a_tensorflow_that_was_first_is_told_once_where_it_is_slower(environment
     assert "TF_ENABLE_ONEDNN_OPTS=1, which has to be set before TensorFlow is imported" in caplog.text
 
     caplog.clear()
-    environment.setattr(runtime, "_told", set())
+    environment.setattr(runtime, "_warned", set())
     environment.setenv(runtime.KERNELS, "0")  # as the user has it
     runtime.tell_if_slow(runtime.OTHER)
     assert not caplog.records

@@ -1,36 +1,50 @@
-"""Milliseconds per image: Table 1e's time column, and Figure 2's trained models that are not in it.
+"""Milliseconds per image, for the time column of Table 1e and for the trained models of Figure 2.
 
-One image at a time. Its pixels are random, and so are the weights of Table 1e's models: the time of the network depends
-on neither. Post-processing gets as many candidates as it can (no score threshold), so its part is an upper bound.
+Images are timed one at a time. Pixels are random, and so are the weights of Table 1e's models: the time of the network
+depends on neither. Post-processing gets as many candidates as possible (no score threshold), so its time is an upper
+bound.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
 import platform
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from retinanet_keras.config import config_from_dict
+from retinanet_keras.config import Config, config_from_dict
 from retinanet_keras.experiments import paper, tables
 from retinanet_keras.storage import disk
 
-SHAPE = 3, 4  # height to width of the image timed, as most of COCO's
-SCORE_THRESHOLD = 0.0  # of the models timed, on every level
+SHAPE = 3, 4  # height to width of the timed image, as of most in COCO
+SCORE_THRESHOLD = 0.0  # of the timed models, on every level
 ROUNDS = 5  # timed detections of each model
 
 
-def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
-    """Write time.json: {"about": text, "rows": {row of Table 1e: median milliseconds of forward and post-processing}}.
+def measure(
+    to: Path,
+    *,
+    only: Sequence[str] = (),
+    rounds: int = ROUNDS,
+    shrink: int = 1,
+    smaller: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Time the models of Table 1e, and write time.json.
 
     Args:
-        to: folder of Table 1e, made where it does not exist.
-        only: rows; empty: all.
-        rounds: how often each row is timed.
-        shrink: divisor of the images' sides; above 1 for a trial.
-        smaller: settings of RetinaNet that make it smaller, for a trial.
+        to: Path. Folder of Table 1e, created if it does not exist.
+        only: sequence of str. Rows to time; empty for all.
+        rounds: int. Number of times that each row is timed.
+        shrink: int. Divisor of the images' sides; above 1 for a trial.
+        smaller: dict or None. Arguments of RetinaNet that make it smaller, for a trial.
 
     Returns:
-        the content.
+        The content of the file: {"about": text, "rows": {row of Table 1e: median milliseconds of forward pass and
+        post-processing}}.
     """
     import tensorflow as tf
 
@@ -43,7 +57,7 @@ def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
         name = config.model.backbone
         if name not in detectors:
             model = RetinaNet(80, name, norm="frozen", detection=config.detection, **smaller or {})
-            detectors[name] = folding.compiled(model)  # as an export computes
+            detectors[name] = folding.compiled(model)  # as in an export
         sides = {key: getattr(config.data, key) // shrink for key in ("short_side", "max_side")}
         calls[row.name] = call(detectors[name], **sides)
     times = medians(calls, rounds)
@@ -56,22 +70,24 @@ def measure(to, *, only=(), rounds=ROUNDS, shrink=1, smaller=None):
     return content
 
 
-def _papers():
+def _papers() -> str:
+    """The hardware of the paper's times."""
     return paper.about("1e")["data"].split("; ")[1]
 
 
-def without_threshold(config):
-    """A Config with `SCORE_THRESHOLD`, for the model to time."""
+def without_threshold(config: Config) -> Config:
+    """Return the Config with `SCORE_THRESHOLD`, for the model to time."""
     detection = dataclasses.replace(config.detection, score_threshold=SCORE_THRESHOLD, p7_threshold=None)
     return dataclasses.replace(config, detection=detection)
 
 
-def call(detect, short_side, max_side):
-    """A function that detects in one image of 4:3 and waits for the result.
+def call(detect: Callable[..., Any], short_side: int, max_side: int) -> Callable[[], Any]:
+    """Return a function that detects in one image of 4:3 and waits for the result.
 
     Args:
-        detect: as `folding.compiled` gives it.
-        short_side, max_side: of the image, as the settings of these names.
+        detect: function returned by `folding.compiled`.
+        short_side: int. Shorter side of the image, as `data.short_side`.
+        max_side: int. Maximum of its longer side, as `data.max_side`.
     """
     import numpy as np
     import tensorflow as tf
@@ -84,12 +100,12 @@ def call(detect, short_side, max_side):
     return lambda: detect(image, sizes)["scores"].numpy()
 
 
-def medians(calls, rounds=ROUNDS):
-    """{name: median milliseconds} of {name: function without arguments}.
+def medians(calls: Mapping[Any, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Any, float]:
+    """Return {name: median milliseconds} of {name: function without arguments}.
 
-    They are called in turn, again and again, so that what else the machine does meets all of them.
+    They are called in turn in each round, so that other load on the machine affects all of them.
     """
-    times = {name: [] for name in calls}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, function in calls.items():
             start = time.perf_counter()

@@ -1,40 +1,48 @@
-"""Figure 3: the network, drawn from the operations that a built RetinaNet consists of."""
+"""Figure 3: the network, drawn from the operations of a built RetinaNet."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import keras
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from retinanet_keras import keras_hooks
+from retinanet_keras.config import Config
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments.figures import sheet
 from retinanet_keras.model import RetinaNet
 
 COLUMNS = ("part", "node", "kind", "kernel", "stride", "height", "width", "channels", "parameters", "inputs")
-SIZE = (640, 800)  # height and width that shapes are given for, unless told otherwise
+SIZE = (640, 800)  # default height and width for which shapes are given
+Row = dict[str, Any]  # an operation, by COLUMNS
 LABELS = {"UpSampling2D": "2×", "Relu": "ReLU", "ZeroPadding2D": ""}  # drawn as arrows, not as boxes
-X_BACKBONE, X_LATERAL, X_SUM, X_OUTPUT, X_BUS, X_TOWER = (
-    0.25,
-    2.5,
-    4.0,
-    5.5,
-    6.9,
-    8.0,
-)  # columns of the picture, in its own unit
+# Columns of the picture, in its own unit
+X_BACKBONE, X_LATERAL, X_SUM, X_OUTPUT, X_BUS, X_TOWER = 0.25, 2.5, 4.0, 5.5, 6.9, 8.0
 PARTS = {"backbone": sheet.GRAY, "pyramid": sheet.BLUE, "class_subnet": sheet.RED, "box_subnet": sheet.GREEN}
 
 
-def operations(model, height, width):
-    """The operations of a RetinaNet in order, one row each of COLUMNS.
+def operations(model: RetinaNet, height: int, width: int) -> list[Row]:
+    """List the operations of a RetinaNet in order, a row of COLUMNS for each.
 
-    The model is called on symbols instead of images, part by part; a row's inputs are names of rows, or "images".
+    The model is called on symbolic tensors, part by part; a row's inputs are names of rows, or "images".
+
+    Args:
+        model: RetinaNet.
+        height: int. Height of the images, in pixels.
+        width: int. Width of the images, in pixels.
 
     Returns:
-        a list of dicts. The outputs of the backbone are rows whose `output` is c3, c4 or c5, those of the pyramid p3
+        A list of dicts. The outputs of the backbone are rows whose `output` is c3, c4 or c5, those of the pyramid p3
         to p7, those of the subnets logits and deltas.
     """
     images = keras.Input(batch_shape=(1, height, width, 3), name="images")
-    rows, names = [], {id(images): "images"}
+    rows: list[Row] = []
+    names = {id(images): "images"}
     features = model.backbone.call(images)
     _trace("backbone", features, rows, names)
     levels = model.pyramid.call(features)
@@ -44,11 +52,11 @@ def operations(model, height, width):
     return rows
 
 
-def _trace(part, outputs, rows, names):
-    """Append what lies between the tensors already named and the outputs, a dict of them by name."""
-    done = set()
+def _trace(part: str, outputs: Mapping[str, Any], rows: list[Row], names: dict[int, str]) -> None:
+    """Append the operations between the tensors already named and the outputs, a dict of tensors by name."""
+    visited: set[int] = set()
 
-    def visit(tensor):
+    def visit(tensor: Any) -> str:
         if id(tensor) in names:
             return names[id(tensor)]
         operation, tensors = keras_hooks.inputs_of(tensor)
@@ -57,14 +65,24 @@ def _trace(part, outputs, rows, names):
         base = f"{part}.{operation.name}"
         name = next(n for n in [base, *(f"{base}#{i}" for i in range(2, 1000))] if n not in taken)
         shape = tensor.shape[1:] if len(tensor.shape) == 4 else (None, *tensor.shape[1:])
-        own = operation.count_params() if isinstance(operation, keras.Layer) and id(operation) not in done else 0
-        done.add(id(operation))
+        is_new_layer = isinstance(operation, keras.Layer) and id(operation) not in visited
+        visited.add(id(operation))
         kernel, strides = getattr(operation, "kernel_size", None), getattr(operation, "strides", None)
-        rows.append({
-            "part": part, "node": name, "kind": type(operation).__name__, "kernel": kernel and kernel[0],
-            "stride": strides and strides[0], "height": shape[0], "width": shape[1], "channels": shape[2],
-            "parameters": own, "inputs": inputs, "output": None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "part": part,
+                "node": name,
+                "kind": type(operation).__name__,
+                "kernel": kernel and kernel[0],
+                "stride": strides and strides[0],
+                "height": shape[0],
+                "width": shape[1],
+                "channels": shape[2],
+                "parameters": operation.count_params() if is_new_layer else 0,
+                "inputs": inputs,
+                "output": None,
+            }
+        )
         names[id(tensor)] = name
         return name
 
@@ -73,38 +91,47 @@ def _trace(part, outputs, rows, names):
         next(row for row in rows if row["node"] == node)["output"] = output
 
 
-def figure3(to, config, classes=80, size=SIZE):
-    """Figure 3 of a configuration's network.
+def figure3(to: str | Path, config: Config, classes: int = 80, size: tuple[int, int] = SIZE) -> Path:
+    """Draw Figure 3 of a configuration's network.
 
     Args:
-        config: a Config; its backbone gets random weights.
-        classes: K; a configuration leaves that to the dataset.
-        size: (height, width) in pixels of the image that shapes are given for, multiples of 32.
+        to: str or Path. Folder to write to.
+        config: Config. Settings of the model; its backbone gets random weights.
+        classes: int. Number of object classes, which a configuration leaves to the dataset.
+        size: (height, width). Size in pixels of the image for which shapes are given, multiples of 32.
 
     Returns:
-        the picture's path.
+        The path of the picture.
 
     Raises:
-        UserError: where the subnets do not see the whole pyramid: the picture is of the paper's network.
+        UserError: where the subnets do not use the whole pyramid, as the paper's network does.
     """
     if config.anchors.levels != "pyramid":
-        raise UserError(f'figure 3 draws the levels P3 to P7: anchors.levels is "{config.anchors.levels}"')
+        raise UserError(
+            f'anchors.levels: expected "pyramid", as figure 3 draws the levels P3 to P7, got "{config.anchors.levels}"'
+        )
     settings = config.model
     model = RetinaNet(
-        classes, settings.backbone, anchors=config.anchors, fpn_channels=settings.fpn_channels, norm=settings.norm,
-        head_depth=settings.head_depth, prior=settings.prior, width=settings.width,
-    )  # fmt: skip
+        classes,
+        settings.backbone,
+        anchors=config.anchors,
+        fpn_channels=settings.fpn_channels,
+        norm=settings.norm,
+        head_depth=settings.head_depth,
+        prior=settings.prior,
+        width=settings.width,
+    )
     rows = operations(model, *size)
     figure = _draw(model, rows, size)
     written = [[" ".join(row[c]) if c == "inputs" else row[c] for c in COLUMNS] for row in rows]
     return sheet.save(to, "figure3", figure, COLUMNS, written)
 
 
-def _draw(model, rows, size):
+def _draw(model: RetinaNet, rows: list[Row], size: tuple[int, int]) -> Figure:
     figure, (axis,) = sheet.panels(size=(16, 7))
     axis.axis("off")
     axis.set(ylim=(-0.5, 8.1))
-    placed = {}  # node -> (x, y)
+    placed: dict[str, tuple[float, float]] = {}  # node -> (x, y)
     outputs = {row["output"]: row for row in rows if row["output"]}
     _draw_backbone(axis, [row for row in rows if row["part"] == "backbone"], size, placed)
     _draw_pyramid(axis, [row for row in rows if row["part"] == "pyramid"], size, placed)
@@ -122,23 +149,27 @@ def _draw(model, rows, size):
     for x, words in heads:
         axis.text(x, 7.75, words, ha="center", fontsize=11)
     axis.text(
-        right + 0.6, -0.2, f"image {size[0]}×{size[1]}, {anchors:,} anchors, {total / 1e6:.1f} M parameters",
-        ha="right", fontsize=9, color=sheet.GRAY,
-    )  # fmt: skip
+        right + 0.6,
+        -0.2,
+        f"image {size[0]}×{size[1]}, {anchors:,} anchors, {total / 1e6:.1f} M parameters",
+        ha="right",
+        fontsize=9,
+        color=sheet.GRAY,
+    )
     axis.set_xlim(-1.1, right + 0.8)
     return figure
 
 
-def stages(rows):
-    """The backbone's operations by resolution, from the image up: lists of rows, each ending with its last feature map.
+def stages(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group the backbone's operations by resolution, from the image up, each group ending with its last feature map.
 
-    That is an output, or the end of the last residual block: what follows it at the same resolution (a block may
-    change that in its second convolution) is the next stage's.
+    The last feature map is an output, or the end of the last residual block. Operations that follow it at the same
+    resolution belong to the next group, as a block may change the resolution in its second convolution.
     """
     rows = [row for row in rows if row["kind"] not in LABELS]
     by_name = {row["node"]: row for row in rows}
 
-    def rank(row):
+    def rank(row: Row) -> tuple[bool, bool]:
         return bool(row["output"]), any(by_name.get(name, {}).get("kind") == "Add" for name in row["inputs"])
 
     ends = []
@@ -149,7 +180,7 @@ def stages(rows):
     return [rows[start : end + 1] for start, end in zip(starts, ends, strict=False)]
 
 
-def _draw_backbone(axis, rows, size, placed):
+def _draw_backbone(axis: Any, rows: list[Row], size: tuple[int, int], placed: dict[str, tuple[float, float]]) -> None:
     """One box for each resolution."""
     below = None
     for stage in stages(rows):
@@ -166,8 +197,8 @@ def _draw_backbone(axis, rows, size, placed):
         below = y
 
 
-def _draw_pyramid(axis, rows, size, placed):
-    """Convolutions and sums as boxes; what is between them, on the arrows."""
+def _draw_pyramid(axis: Any, rows: list[Row], size: tuple[int, int], placed: dict[str, tuple[float, float]]) -> None:
+    """Convolutions and sums as boxes; operations between them as labels of the arrows."""
     by_name = {row["node"]: row for row in rows}
     for row in rows:
         if row["kind"] in LABELS:
@@ -198,13 +229,13 @@ def _draw_pyramid(axis, rows, size, placed):
                 axis.plot([X_BACKBONE, X_BACKBONE], [start[1] + 0.33, y], color=sheet.GRAY, linewidth=1)
                 _arrow(axis, (X_BACKBONE, y), (x - gap, y))
             else:
-                own = 0.16 if by_name.get(name, {}).get("kind") == "Add" else 0.6
+                start_gap = 0.16 if by_name.get(name, {}).get("kind") == "Add" else 0.6
                 end = (x, y + 0.2) if row["kind"] == "Add" and start[1] != y else (x - gap, y)
-                _arrow(axis, (start[0] + own, start[1]), end, " ".join(filter(None, words)))
+                _arrow(axis, (start[0] + start_gap, start[1]), end, " ".join(filter(None, words)))
 
 
-def _draw_subnet(axis, rows, output, y, model):
-    """The tower on the first level; the picture's right end."""
+def _draw_subnet(axis: Any, rows: list[Row], output: Row, y: float, model: RetinaNet) -> float:
+    """Draw the tower on the first level; its right end."""
     height = next(row["height"] for row in rows if row["kind"] == "Conv2D")
     chain = [row for row in rows if row["height"] == height and row["kind"] in ("Conv2D", "Relu")]
     x, end = X_TOWER, X_BUS
@@ -219,46 +250,57 @@ def _draw_subnet(axis, rows, output, y, model):
     name = "class subnet" if output["output"] == "logits" else "box subnet"
     values = "K" if output["output"] == "logits" else "4"
     axis.text(
-        X_TOWER - 0.6, y + 0.62, f"{name}, on P3; its {len(convs)} convolutions serve all levels", fontsize=9,
+        X_TOWER - 0.6,
+        y + 0.62,
+        f"{name}, on P3; its {len(convs)} convolutions are shared by all levels",
+        fontsize=9,
         color=PARTS[part],
-    )  # fmt: skip
+    )
     axis.text(
-        X_TOWER - 0.6, y - 0.82,
+        X_TOWER - 0.6,
+        y - 0.82,
         f"{convs[-1]['channels']} = {model.anchors.per_cell} anchors × {values} values at each position; "
         f"over all levels {output['output']} [{output['width']:,}, {output['channels']}]",
-        fontsize=9, color=sheet.GRAY,
-    )  # fmt: skip
+        fontsize=9,
+        color=sheet.GRAY,
+    )
     return end
 
 
-def _level(height, size):
-    """l of a level with this height: 2^l lower than the input, §4."""
+def _level(height: int, size: tuple[int, int]) -> int:
+    """l of a level with this height: its resolution is 2^l lower than the input, §4."""
     return round(math.log2(size[0] / height))
 
 
-def _named(row):
+def _named(row: Row) -> str:
     return f"{row['output'].upper()}: " if row["output"] else ""
 
 
-def _conv(row):
+def _conv(row: Row) -> str:
     return f"{row['kernel']}×{row['kernel']}" + (f", /{row['stride']}" if row["stride"] > 1 else "")
 
 
-def _shape(row):
+def _shape(row: Row) -> str:
     return f"{row['height']}×{row['width']}×{row['channels']}"
 
 
-def _box(axis, x, y, words, part, width):
+def _box(axis: Any, x: float, y: float, words: str, part: str, *, width: float) -> None:
     height = 0.62
     patch = FancyBboxPatch(
-        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.08",
-        facecolor="white", edgecolor=PARTS[part], linewidth=1.3, zorder=3,
-    )  # fmt: skip
+        (x - width / 2, y - height / 2),
+        width,
+        height,
+        boxstyle="round,pad=0.02,rounding_size=0.08",
+        facecolor="white",
+        edgecolor=PARTS[part],
+        linewidth=1.3,
+        zorder=3,
+    )
     axis.add_patch(patch)
     axis.text(x, y, words, ha="center", va="center", fontsize=8, linespacing=1.25, zorder=4)
 
 
-def _arrow(axis, start, end, words=""):
+def _arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], words: str = "") -> None:
     axis.annotate(
         "",
         end,

@@ -1,8 +1,14 @@
-"""Figures 1, 5 and 6: the losses and their derivatives, as `losses` and automatic differentiation give them."""
+"""Figures 1, 5 and 6: the losses and their derivatives, from `losses` and automatic differentiation."""
+
+from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from retinanet_keras import losses
@@ -12,21 +18,22 @@ from retinanet_keras.experiments.figures import sheet
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 5.0)  # Figure 1
 # (gamma, beta) of Figure 5: Table 3's
 STAR = tuple((row["gamma"], row["beta"]) for row in paper.rows("3").values() if row["beta"] is not None)
-REACH = 5.0  # of x_t in Figures 5 and 6
+REACH = 5.0  # range of x_t in Figures 5 and 6
+Loss = Callable[[Any, Any], Any]  # (logits, targets) to losses
 
 
-def focal_of(gamma):
-    """The focal loss without alpha, as a function of (logits, targets)."""
+def focal_of(gamma: float) -> Loss:
+    """Return the focal loss without alpha, as a function of (logits, targets)."""
     return functools.partial(losses.focal, alpha=None, gamma=gamma)
 
 
-def star_of(gamma, beta):
-    """FL* without alpha, as a function of (logits, targets)."""
+def star_of(gamma: float, beta: float) -> Loss:
+    """Return FL* without alpha, as a function of (logits, targets)."""
     return functools.partial(losses.focal_star, alpha=None, gamma=gamma, beta=beta)
 
 
-def value_and_slope(loss, x_t):
-    """A loss and its derivative by x_t, float64 [N] each, at float64 x_t [N]: with y = 1 the logit is x_t."""
+def value_and_slope(loss: Loss, x_t: npt.NDArray[np.float64]) -> tuple[npt.NDArray, npt.NDArray]:
+    """Return a loss and its derivative by x_t, float64 [N] each, at float64 x_t [N]: with y = 1 the logit is x_t."""
     x = tf.constant(x_t, tf.float64)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -34,8 +41,8 @@ def value_and_slope(loss, x_t):
     return value.numpy(), tape.gradient(value, x).numpy()
 
 
-def figure1(to):
-    """Figure 1: FL against p_t for gamma of 0 to 5."""
+def figure1(to: str | Path) -> Path:
+    """Draw Figure 1: FL against p_t for gamma of 0 to 5."""
     p_t = np.linspace(0, 1, 501)[1:-1]
     x_t = np.log(p_t) - np.log1p(-p_t)
     values = [value_and_slope(focal_of(gamma), x_t)[0] for gamma in GAMMAS]
@@ -53,7 +60,7 @@ def figure1(to):
     return sheet.save(to, "figure1", figure, columns, np.stack([p_t, *values], axis=1))
 
 
-def _family():
+def _family() -> list[tuple[str, str, Loss, str, str]]:
     """[(name, plain name, function, color, line)] of Figures 5 and 6."""
     star = [
         (f"FL*, γ = {gamma:g}, β = {beta:g}", f"FL* gamma={gamma:g} beta={beta:g}", star_of(gamma, beta))
@@ -64,17 +71,18 @@ def _family():
     return [(*one, *look) for one, look in zip(named, zip(colors, ("-", "-", "--", "-."), strict=True), strict=True)]
 
 
-def figure5(to):
-    """Figure 5: CE, FL and two settings of FL* against x_t."""
+def figure5(to: str | Path) -> Path:
+    """Draw Figure 5: CE, FL and two settings of FL* against x_t."""
     return _against_x(to, "figure5", 0, "loss", "The losses against x$_t$ = yx")
 
 
-def figure6(to):
-    """Figure 6: the derivatives by x of Figure 5's losses against x_t, for y = 1."""
+def figure6(to: str | Path) -> Path:
+    """Draw Figure 6: the derivatives by x of Figure 5's losses against x_t, for y = 1."""
     return _against_x(to, "figure6", 1, "derivative by x, for y = 1", "Appendix B: derivatives of the losses")
 
 
-def _against_x(to, name, which, ylabel, title):
+def _against_x(to: str | Path, name: str, which: int, ylabel: str, title: str) -> Path:
+    """Draw losses (`which` 0) or derivatives (1) against x_t."""
     x_t = np.linspace(-REACH, REACH, 501)
     family = _family()
     values = [value_and_slope(loss, x_t)[which] for _, _, loss, _, _ in family]

@@ -1,7 +1,11 @@
-"""What the figures share: colors, axes, and their files, a picture and the numbers behind it."""
+"""Shared by the figures: colors, axes, and their files, a picture and its numbers."""
+
+from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: it keeps figures and a backend in global state
 
@@ -14,8 +18,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, _ = COLORS
 BLACK, GRAY, LIGHT = "#222222", "#777777", "#dddddd"
 
 
-def panels(columns=1, size=(6.4, 4.4), **settings):
-    """(Figure, list of its axes) of this project's style; settings: of `Figure.subplots`."""
+def panels(columns: int = 1, size: tuple[float, float] = (6.4, 4.4), **settings: Any) -> tuple[Figure, list[Any]]:
+    """Create (Figure, list of its axes) in this project's style; `settings` are those of `Figure.subplots`."""
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **settings)[0]
     for axis in axes:
@@ -25,19 +29,23 @@ def panels(columns=1, size=(6.4, 4.4), **settings):
     return figure, list(axes)
 
 
-def legend(axis, **settings):
+def legend(axis: Any, **settings: Any) -> None:
+    """Add a legend in this project's style."""
     axis.legend(**{"frameon": False, "fontsize": 9, "handlelength": 2.4, **settings})
 
 
-def save(to, name, figure, columns, rows):
-    """Write NAME.png and NAME.csv to a folder, and say where.
+def save(to: str | Path, name: str, figure: Figure, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Path:
+    """Write NAME.png and NAME.csv to a folder, and print their paths.
 
     Args:
-        columns: names of the columns.
-        rows: sequences of their values; floats are written with 8 digits.
+        to: str or Path. The folder.
+        name: str. Name of the files.
+        figure: Figure. The picture.
+        columns: sequence of str. Names of the columns.
+        rows: iterable of rows. Values of the columns; floats are written with 8 digits.
 
     Returns:
-        the picture's path.
+        The path of the picture.
 
     Raises:
         UserError: where the folder cannot be written.
@@ -57,5 +65,5 @@ def save(to, name, figure, columns, rows):
     return picture
 
 
-def _cell(value):
+def _cell(value: Any) -> Any:
     return f"{value:.8g}" if isinstance(value, float) else value
