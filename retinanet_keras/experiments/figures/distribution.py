@@ -149,8 +149,8 @@ def collect(
             plan = inference_batches.inference_plan(chunk.sizes, config.eval.batch_size, config.data)
             for pixels, about in inference_batches.inference_batches(chunk, plan, config.data):
                 own = [place[int(image_id)] for image_id in about["image_id"]]
-                boxes = np.zeros((len(own), dataset.max_boxes, 4), np.float32)
-                labels = np.full((len(own), dataset.max_boxes), -1, np.int32)
+                boxes: npt.NDArray = np.zeros((len(own), dataset.max_boxes, 4), np.float32)
+                labels: npt.NDArray = np.full((len(own), dataset.max_boxes), -1, np.int32)
                 for row, i in enumerate(own):
                     count = len(dataset.labels_of(i))
                     boxes[row, :count] = dataset.boxes_of(i) * about["scale"][row].numpy()
