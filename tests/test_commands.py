@@ -126,7 +126,7 @@ def test_evaluate_weights_from_files(finished, run_copy):
      ("anchors.size=2", {"export": "served"}), ("model.prior=0.1", {"results": "found.json"})],
 )  # fmt: skip
 def test_settings_that_cannot_act_are_refused(run_copy, setting, given):
-    with pytest.raises(UserError, match=f"{setting}.*takes none of these"):
+    with pytest.raises(UserError, match=f"{setting}: this setting is fixed in {next(iter(given.values()))}"):
         evaluate("c.json", workdir=run_copy, overrides=[setting], **given)
 
 

@@ -172,7 +172,7 @@ def test_figure2_of_no_runs_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "1e").mkdir()
     (tmp_path / "1e/time.json").write_text('{"about": "", "rows": {"r50_400": 1.0}}')  # times alone have no AP
     for folder in (tmp_path, tmp_path / "1e", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no evaluated run and no finished row.*give --runs.*experiments 1e --to"):
+        with pytest.raises(UserError, match="no evaluated run and no finished row.*Give --runs.*experiments 1e --to"):
             run_command(monkeypatch, "figure", 2, "--runs", folder, "--to", tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
@@ -492,5 +492,5 @@ def test_figure7_plots_what_is_done_and_lists_what_is_missing(tmp_path, monkeypa
 
 
 def test_figure3_is_of_the_whole_pyramid(tmp_path):
-    with pytest.raises(UserError, match='anchors.levels is "last"'):
+    with pytest.raises(UserError, match='anchors.levels: expected "pyramid".*got "last"'):
         architecture.figure3(tmp_path, config_from_dict({"anchors": {"levels": "last"}}))

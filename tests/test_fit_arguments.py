@@ -31,8 +31,8 @@ def test_what_compile_cannot_honor_is_refused(small_model, name, value, instead)
 
 
 def test_unknown_arguments_of_compile(small_model):
-    with pytest.raises(TypeError, match="normalizer"):
-        small_model().compile("sgd", normalizer="image")
+    with pytest.raises(TypeError, match="normaliser"):
+        small_model().compile("sgd", normaliser="image")
 
 
 class Batches(keras.utils.PyDataset):
