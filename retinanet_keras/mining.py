@@ -32,7 +32,7 @@ def select(
     the positives that survive, up to `batch_size` of them, and of the negatives that survive the highest, up to `ratio`
     times the number of positives and to what is left of `batch_size`: none where there is no positive.
 
-    Whether a positive survives depends on the negatives of higher loss, so the NMS goes on until no positive is left,
+    Whether a positive survives depends on the negatives of higher loss, so NMS continues until no positive is left,
     but not through all the easy negatives: after `PICKS` picks in an image it ignores negatives, and the positives left
     compete with each other and with the picks so far. An NMS that ends before that is exact.
 

@@ -54,9 +54,9 @@ def assign_and_count(
     gt_boxes: Tensor,
     gt_labels: Tensor,
     *,
-    positive_iou: float = 0.5,
-    negative_iou: float = 0.4,
-    low_quality: str = "detectron",
+    positive_iou: float,
+    negative_iou: float,
+    low_quality: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`assign`, with Detectron's count of assigned anchors as third result, int32 [B].
 

@@ -9,8 +9,8 @@ Size: TypeAlias = Any  # an int, or an integer scalar of the graph where a size 
 
 
 def round_up(size: Size, multiple: int) -> Size:
-    """The smallest multiple that is not below a size; an int stays an int, as XLA needs it."""
-    return -(-size // multiple) * multiple
+    """Round a size, or an array of sizes, up to the next multiple; an int stays an int, as XLA needs it."""
+    return (size + multiple - 1) // multiple * multiple  # not -(-size // multiple): ONNX rounds negative quotients up
 
 
 def smaller(a: Size, b: Size) -> Size:

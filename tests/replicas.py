@@ -7,7 +7,7 @@ prints what it counted as JSON, and writes all variables before and after.
 Convolutions add up in another order for a batch of another size. A ReLU whose input is within that rounding of 0 may
 then open for one split of the batch and not for another, and the weights of the next steps differ by far more than
 rounding. With "smooth" the model has no such place, so that what differs is rounding alone. Without "resnet" its
-backbone is five convolutions, which are traced sooner.
+backbone is five convolutions, which are faster to trace.
 """
 
 import json

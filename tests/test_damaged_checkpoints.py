@@ -105,7 +105,7 @@ def test_an_index_without_data_is_no_checkpoint(tiny_config, data_dir, trained, 
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00 no text", b'model_checkpoint_path: "elsewhere/step-9"\n'])
-def test_a_damaged_list_of_checkpoints_is_written_anew(trained, finished, tmp_path, caplog, content):
+def test_a_damaged_list_of_checkpoints_is_rewritten(trained, finished, tmp_path, caplog, content):
     """And a user's own copies beside them are left alone."""
     model, steps = trained
     folder = RunFolder(tmp_path / "run")

@@ -314,7 +314,7 @@ def start(to, *more):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_table_that_is_killed_goes_on_without_redoing_or_losing_a_row(tmp_path, number):
-    """In the second row's training. After SIGKILL that goes on alone, and the next start waits for it."""
+    """In the second row's training. After SIGKILL that training continues alone, and the next start waits for it."""
     process = start(tmp_path)
     place = tmp_path / "3"
     wait_for(place / "fl/0/config.json", process)  # the second row has begun

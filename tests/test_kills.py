@@ -160,7 +160,7 @@ def test_two_workers_train_as_one_process_and_survive_the_loss_of_one(tmp_path):
     """With SGD at the paper's rate, for as many steps as rounding errors take to grow a hundredfold.
 
     AdamW divides by the size of gradients and so makes as much of rounding errors as of gradients; and a training from
-    random weights that goes on for long is chaotic: at this rate differences of 1e-7 are 1e-3 after 50 steps.
+    random weights is chaotic in the long run: at this rate differences of 1e-7 are 1e-3 after 50 steps.
     """
     settings = [*SMALL, "train.iterations=30", "train.checkpoint_every=10", "eval.every=15"]
     settings += ["train.optimizer=sgd", "train.learning_rate=0.01", "train.reference_batch=null"]

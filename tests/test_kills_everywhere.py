@@ -39,7 +39,7 @@ def killed(tmp_path, before, act):
     for folder, operation in everywhere(make, act):
         contents.append(content(folder))
         operations.append(operation.split()[0])
-        act(folder)  # the next one goes through and removes what was left
+        act(folder)  # the next one succeeds, and removes the unfinished files
         assert not [path for path in folder.rglob(".*") if path.name.startswith(".")], operation
         contents.append(content(folder))
     return contents, operations
@@ -123,7 +123,7 @@ def damaged(tmp_path):
     "name, act",
     [
         ("log.csv", lambda folder: folder.cut_log(2)),
-        ("checkpoints/best.json", best.mend),
+        ("checkpoints/best.json", best.repair),
         ("categories.json", lambda folder: folder.start(Config(), CATEGORIES)),
     ],
 )
@@ -145,7 +145,7 @@ def test_best_weights_that_are_damaged_are_set_aside_and_a_kill_in_between_is_no
 
     def act(folder):
         caplog.clear()
-        best.mend(RunFolder(folder))
+        best.repair(RunFolder(folder))
         there = (folder / "checkpoints/best.json").exists()
         assert not there and "next evaluation will be the best so far" in caplog.text
 

@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(tiny_config, da
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(finished, tmp_path):
-    """The system refuses what goes beyond 10,000 bytes of a file."""
+    """The system refuses to write more than 10,000 bytes to a file."""
     folder = RunFolder(tmp_path / "full")
     shutil.copytree(finished[0].path, folder.path)
     _, model = load_run(folder.path)

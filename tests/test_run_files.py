@@ -254,7 +254,7 @@ def test_a_damaged_best_json_is_refused_by_readers_and_rebuilt_by_training(copy,
     copy.best_file.write_bytes(content)
     with pytest.raises(RunError, match="best.json cannot be read: .*to rewrite it from log.csv"):
         best.read(copy)
-    best.mend(copy)
+    best.repair(copy)
     assert "best.json is damaged" in caplog.text
     assert (copy.checkpoints / "best.json.damaged").read_bytes() == content
     again = json.loads(copy.best_file.read_text())
@@ -280,19 +280,19 @@ def test_damaged_or_missing_best_weights_begin_anew_before_training(copy, caplog
         weights.write_bytes({"cut": whole[:-100], "flipped": whole}.get(content, content))
     damaged = weights.read_bytes() if weights.exists() else None
     copy.best_file.write_bytes(about)
-    best.mend(copy)
+    best.repair(copy)
     assert "best.weights.h5 or best.json is damaged or missing" in caplog.text and best.read(copy) is None
     asides = {path.name: path.read_bytes() for path in copy.checkpoints.glob("best.*")}
     expected = {"best.json.damaged": about, **({} if damaged is None else {"best.weights.h5.damaged": damaged})}
     assert asides == expected
     caplog.clear()
-    best.mend(copy)
+    best.repair(copy)
     assert not caplog.text
 
 
 def test_whole_best_weights_are_left_as_they_are(copy, caplog):
     before = everything(copy.path)
-    best.mend(copy)
+    best.repair(copy)
     assert everything(copy.path) == before and not caplog.text
 
 

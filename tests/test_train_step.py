@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite(small_model, check_finite):
         for variable, value in zip(model.trainable_variables, before, strict=True):
             np.testing.assert_array_equal(variable, value)
         assert model.optimizer.iterations == 0
-        model.train_on_batch(*batch())  # and it goes on
+        model.train_on_batch(*batch())  # and training continues
         assert model.optimizer.iterations == 1
     else:
         model.train_on_batch(images, truth)

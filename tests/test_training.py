@@ -1,4 +1,4 @@
-"""A whole run in miniature: what it leaves behind, how it goes on after a kill, and what it refuses."""
+"""A whole run in miniature: the files it writes, how it resumes after a kill, and what it rejects."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from retinanet_keras.weights import imagenet
 
 
 def weights_and_slots(folder):
-    """All that training goes on from, as NumPy."""
+    """Everything that training resumes from, as NumPy."""
     settings, model = load_run(folder.path, config_from_dict(json.loads(folder.config_file.read_text())))
     Checkpoints(model, folder, 3).restore()
     return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]

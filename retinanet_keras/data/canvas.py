@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from retinanet_keras.data import augmentation
 from retinanet_keras.model import SIZE_MULTIPLE
+from retinanet_keras.tensors import round_up
 
 
 def resized(sizes: Any, short_side: int, max_side: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -38,7 +39,7 @@ def padded(size: Any) -> Any:
     Args:
         size: int, or integer array or tensor [..., 2].
     """
-    return (size + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE  # ONNX rounds negative quotients up
+    return round_up(size, SIZE_MULTIPLE)
 
 
 def fit(

@@ -73,7 +73,7 @@ def load(folder: RunFolder, model: keras.Model) -> dict[str, Any] | None:
     return best
 
 
-def mend(folder: RunFolder) -> None:
+def repair(folder: RunFolder) -> None:
     """Check best.json and the weights that it describes before training resumes, and repair them.
 
     A damaged best.json is rewritten from the log. Where that is not possible, or the weights are damaged, missing or

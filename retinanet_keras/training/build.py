@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -27,17 +28,20 @@ def resolve_pixel_mean(config: Config) -> Config:
     return replace(config, model=replace(config.model, pixel_mean=mean)) if mean else config
 
 
-def build_model(config: Config, categories: Categories, weights: str | None = None) -> RetinaNet:
-    """Build and compile the RetinaNet of a configuration.
+def build_network(
+    config: Config, num_classes: int, weights: str | None = None, categories: list[dict[str, Any]] | None = None
+) -> RetinaNet:
+    """Build the RetinaNet of a configuration without compiling it.
 
     Args:
         config: Config. Its `model.weights` is not used.
-        categories: Categories. Those of the dataset.
-        weights: str or None. Backbone weights, as `model.weights`; None where all weights are loaded afterwards.
+        num_classes: int. Number of object classes.
+        weights: str or None. Backbone weights, as `model.weights`.
+        categories: list of dicts, or None. As `Categories.to_list` gives them.
     """
     model = config.model
-    net = RetinaNet(
-        len(categories),
+    return RetinaNet(
+        num_classes,
         model.backbone,
         weights=weights,
         anchors=config.anchors,
@@ -50,9 +54,20 @@ def build_model(config: Config, categories: Categories, weights: str | None = No
         width=model.width,
         freeze_at=model.freeze_at,
         pixel_mean=model.pixel_mean,
-        categories=categories.to_list(),
+        categories=categories,
         dtype=config.train.precision,
     )
+
+
+def build_model(config: Config, categories: Categories, weights: str | None = None) -> RetinaNet:
+    """Build and compile the RetinaNet of a configuration.
+
+    Args:
+        config: Config. Its `model.weights` is not used.
+        categories: Categories. Those of the dataset.
+        weights: str or None. Backbone weights, as `model.weights`; None where all weights are loaded afterwards.
+    """
+    net = build_network(config, len(categories), weights, categories.to_list())
     loss = config.loss
     net.compile(
         optimizers.build(config.train),

@@ -241,7 +241,7 @@ def _restore(run: Run) -> None:
         preflight.check(config, folder, config.data.test_split or config.data.val_split)
         checkpoints.clear_remains()
         folder.cut_log(step)
-        best.mend(folder)
+        best.repair(folder)
         if step:
             print(f"Resuming from step {step} of {config.train.iterations}")
 

@@ -16,6 +16,7 @@ from retinanet_keras.config import Config
 from retinanet_keras.errors import UserError
 from retinanet_keras.experiments.figures import sheet
 from retinanet_keras.model import RetinaNet
+from retinanet_keras.training.build import build_network
 
 COLUMNS = ("part", "node", "kind", "kernel", "stride", "height", "width", "channels", "parameters", "inputs")
 SIZE = (640, 800)  # default height and width for which shapes are given
@@ -110,17 +111,7 @@ def figure3(to: str | Path, config: Config, classes: int = 80, size: tuple[int, 
         raise UserError(
             f'anchors.levels: expected "pyramid", as figure 3 draws the levels P3 to P7, got "{config.anchors.levels}"'
         )
-    settings = config.model
-    model = RetinaNet(
-        classes,
-        settings.backbone,
-        anchors=config.anchors,
-        fpn_channels=settings.fpn_channels,
-        norm=settings.norm,
-        head_depth=settings.head_depth,
-        prior=settings.prior,
-        width=settings.width,
-    )
+    model = build_network(config, classes)
     rows = operations(model, *size)
     figure = _draw(model, rows, size)
     written = [[" ".join(row[c]) if c == "inputs" else row[c] for c in COLUMNS] for row in rows]
