@@ -507,7 +507,7 @@ def test_an_error_of_the_reader_itself_is_not_told_as_damage(monkeypatch, functi
 
 def test_files_are_read_without_keras_tensorflow_or_torch():
     code = (
-        f"import sys; from retinanet_keras.released import files; files.read({str(DATA / 'zip.pth')!r}); "
+        f"import sys; from retinanet_keras.weights import reader; reader.read({str(DATA / 'zip.pth')!r}); "
         "print({'keras', 'tensorflow', 'torch'} & set(sys.modules) or '')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=DATA.parents[1])
